@@ -1,0 +1,8 @@
+"""Fast kernels and complete networks for classic semantic segmentation in PyTorch."""
+
+import torch  # noqa: F401  loads the libraries that fastseg._C links to
+
+from . import _C, nn, ops  # loading _C registers torch.ops.fastseg.*
+
+__version__ = "0.1.0"
+__all__ = ["_C", "nn", "ops"]

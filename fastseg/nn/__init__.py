@@ -1,0 +1,3 @@
+"""Drop-in layers over fastseg.ops."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Functional operators: one file per op with its checks, reference, fake kernel and gradient."""
+
+__all__: list[str] = []

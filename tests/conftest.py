@@ -1,0 +1,53 @@
+"""Fixtures and the accuracy rule shared by all tests."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseg import _C
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device the op tests run on; CUDA is skipped with its reason where it cannot run."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if not _C.build_info()["cuda_archs"]:
+            pytest.skip("fastseg was built without CUDA kernels")
+    return request.param
+
+
+@pytest.fixture(params=_C.supported_cpu_isas())
+def cpu_isa(request: pytest.FixtureRequest):
+    """Runs the test once per instruction set of this CPU."""
+    best = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count for one test: threads(1)."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_as_accurate(fast: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
+    """`fast` may be at most `factor` times as far from the exact answer as plain PyTorch in the same dtype,
+    plus one rounding step of that dtype at the largest exact value."""
+    assert fast.shape == plain.shape == exact.shape
+    assert fast.dtype == plain.dtype
+    if exact.numel() == 0:
+        return
+    step = torch.finfo(fast.dtype).eps * exact.abs().max().item()
+    allowed = factor * (plain.double() - exact).abs().max().item() + step
+    error = (fast.double() - exact).abs().max().item()
+    assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}"
