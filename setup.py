@@ -1,6 +1,7 @@
 """Builds fastseg._C: every csrc/*/*_cpu.cpp and, where nvcc is wanted, every csrc/*/*_cuda.cu.
 
-Environment: FASTSEG_CUDA=auto|0|1, FASTSEG_CUDA_ARCHS="80;90a", FASTSEG_DEBUG=1, CUDA_HOME, MAX_JOBS.
+Environment: FASTSEG_CUDA=auto|0|1, FASTSEG_CUDA_ARCHS="80;90a", FASTSEG_DEBUG=1, CUDA_HOME,
+MAX_JOBS.
 """
 
 import os
@@ -14,13 +15,15 @@ from setuptools import Extension, setup
 try:
     import torch
 except ImportError:
-    # pip builds in isolation, but with the interpreter of the target environment: use the torch that
-    # is installed there, because an extension must be compiled against the torch it will run with.
+    # pip builds in isolation, but with the interpreter of the target environment: use the torch
+    # installed there, because an extension must be compiled against the torch it will run with.
     sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     try:
         import torch
     except ImportError:
-        sys.exit("fastseg builds against the PyTorch you use, and found none: run `pip install torch` first.")
+        sys.exit(
+            "fastseg builds against your PyTorch and found none: run `pip install torch` first."
+        )
 
 import pybind11
 from torch.utils import cpp_extension
@@ -46,7 +49,9 @@ def find_cuda_home() -> str | None:
         if (Path(home) / "bin" / "nvcc").exists():
             return home
     if wanted == "1":
-        sys.exit("FASTSEG_CUDA=1 needs nvcc: set CUDA_HOME to the CUDA toolkit or put nvcc on PATH.")
+        sys.exit(
+            "FASTSEG_CUDA=1 needs nvcc: set CUDA_HOME to the CUDA toolkit or put nvcc on PATH."
+        )
     return None
 
 
@@ -55,8 +60,17 @@ archs = os.environ.get("FASTSEG_CUDA_ARCHS", "80;86;89;90a;100;120").split(";") 
 sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc").glob("*/*_cpu.cpp")))]
 # -ffp-contract=off: the same bits from every instruction set; kernels that want FMA say so.
 cxx = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
-cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
-defines = [("TORCH_TARGET_VERSION", TORCH_TARGET + "ULL"), ("FASTSEG_CUDA_ARCHS", f'"{";".join(archs)}"')]
+cxx += [
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
+defines = [
+    ("TORCH_TARGET_VERSION", TORCH_TARGET + "ULL"),
+    ("FASTSEG_CUDA_ARCHS", f'"{";".join(archs)}"'),
+]
 nvcc_args: list[str] = []
 # `torch` brings libtorch_cuda in where there is one; nothing refers to it by symbol at link time.
 link = ["-Wl,--no-as-needed", "-ltorch"]
@@ -81,7 +95,11 @@ setup(
             "fastseg._C",
             sources,
             language="c++",
-            include_dirs=[os.path.abspath("csrc"), pybind11.get_include(), *cpp_extension.include_paths()],
+            include_dirs=[
+                os.path.abspath("csrc"),
+                pybind11.get_include(),
+                *cpp_extension.include_paths(),
+            ],
             define_macros=defines,
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu", "c10"],

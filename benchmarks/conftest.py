@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: `time_op` times one variant on equal footing and records its throughput."""
+"""`time_op`, shared by all benchmarks: times one variant and records its throughput."""
 
 import platform
 from collections.abc import Callable
@@ -11,9 +11,11 @@ import fastseg
 
 @pytest.fixture
 def time_op(benchmark):
-    """time_op(fn, device, bytes_moved=..., flops=...): warm up, then time fn with a device synchronise inside."""
+    """time_op(fn, device, bytes_moved=, flops=) warms up and times fn, synchronise included."""
 
-    def run(fn: Callable[[], object], device: str = "cpu", *, bytes_moved: int = 0, flops: int = 0) -> None:
+    def run(
+        fn: Callable[[], object], device: str = "cpu", *, bytes_moved: int = 0, flops: int = 0
+    ) -> None:
         def call() -> None:
             fn()
             if device != "cpu":

@@ -41,8 +41,8 @@ def threads():
 
 
 def assert_as_accurate(fast: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """`fast` may be at most `factor` times as far from the exact answer as plain PyTorch in the same dtype,
-    plus one rounding step of that dtype at the largest exact value."""
+    """`fast` may be at most `factor` times as far from the exact answer as plain PyTorch is in the
+    same dtype, plus one rounding step of that dtype at the largest exact value."""
     assert fast.shape == plain.shape == exact.shape
     assert fast.dtype == plain.dtype
     if exact.numel() == 0:
