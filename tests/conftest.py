@@ -7,6 +7,25 @@ from torch import Tensor
 from fastseg import _C
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate",
+        action="store_true",
+        help="run the CUDA kernels, emulated, in the place of the CPU kernels",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulate(request: pytest.FixtureRequest):
+    if not request.config.getoption("--emulate"):
+        yield
+        return
+    from .cuda_emulation.build import emulated_ops
+
+    with emulated_ops():
+        yield
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device the op tests run on; CUDA is skipped with its reason where it cannot run."""

@@ -1,0 +1,35 @@
+"""Runs one kernel of planted_bugs.cu and prints what came of it; a process of its own, because a
+sanitizer ends it. Needs no torch.
+
+    python run_planted.py LIBRARY KERNEL BUG SEED
+"""
+
+import array
+import ctypes
+import sys
+
+BLOCKS = 4
+
+
+def main(path: str, kernel: str, bug: int, seed: int) -> None:
+    library = ctypes.CDLL(path)
+    library.run_planted.restype = ctypes.c_char_p
+    library.fastseg_emulation_seed(ctypes.c_uint64(seed))
+    kind = "i" if kernel == "global_sum" else "f"
+    x = array.array(kind, [i * 7 % 16 for i in range(BLOCKS * 256)])
+    out = array.array(kind, [0] * BLOCKS)
+    pointers = [ctypes.c_void_p(a.buffer_info()[0]) for a in (x, out)]
+    error = library.run_planted(kernel.encode(), *pointers, BLOCKS, bug).decode()
+    expected = (
+        [sum(x)] if kernel == "global_sum" else [sum(x[i : i + 256]) for i in range(0, len(x), 256)]
+    )
+    if error:
+        print(f"reported: {error}")
+    elif list(out[: len(expected)]) != expected:
+        print(f"wrong result: {list(out)} instead of {expected}")
+    else:
+        print("right")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
