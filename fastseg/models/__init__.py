@@ -2,6 +2,14 @@
 
 from .common import SegmentationModel
 from .cost import count_macs, count_parameters
+from .deeplabv1 import (
+    DeepLabV1,
+    deeplabv1_4x4_vgg16,
+    deeplabv1_7x7_vgg16,
+    deeplabv1_largefov_vgg16,
+)
+from .deeplabv2 import DeepLabV2, deeplabv2_vgg16
+from .dilated import ContextModule, Dilated, dilated8_vgg16, dilated_frontend_vgg16
 from .fcn import FCN, fcn8s_vgg16, fcn16s_vgg16, fcn32s_vgg16
 from .registry import ModelInfo, Paper, create_model, list_models, model_info, register
 from .vgg import VGG16
@@ -9,12 +17,22 @@ from .vgg import VGG16
 __all__ = [
     "FCN",
     "VGG16",
+    "ContextModule",
+    "DeepLabV1",
+    "DeepLabV2",
+    "Dilated",
     "ModelInfo",
     "Paper",
     "SegmentationModel",
     "count_macs",
     "count_parameters",
     "create_model",
+    "deeplabv1_4x4_vgg16",
+    "deeplabv1_7x7_vgg16",
+    "deeplabv1_largefov_vgg16",
+    "deeplabv2_vgg16",
+    "dilated8_vgg16",
+    "dilated_frontend_vgg16",
     "fcn8s_vgg16",
     "fcn16s_vgg16",
     "fcn32s_vgg16",

@@ -21,20 +21,14 @@ def count_macs(model: nn.Module, size: tuple[int, int] = (512, 512), in_channels
     """
     macs = 0
 
-    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def count(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         nonlocal macs
-        conv = getattr(module, "conv", module)
-        if isinstance(conv, nn.ConvTranspose2d):
-            macs += args[0].numel() * conv.weight[0].numel()
-        elif isinstance(conv, nn.Conv2d):
-            macs += output.numel() * conv.weight[0].numel()
+        maps = args[0] if isinstance(module, nn.ConvTranspose2d) else output
+        macs += maps.numel() * module.weight[0].numel()
 
-    # A layer that hands its convolution's weights to a fused op is counted itself.
-    handles = [
-        m.register_forward_hook(count)
-        for m in model.modules()
-        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) or type(m).__name__ == "ConvBNReLU2d"
-    ]
+    # Fused layers call a convolution that has a hook, so that it is seen.
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
     training = model.training
     try:
         device = next(model.parameters()).device
