@@ -1,0 +1,55 @@
+// What crosses from the host functions of the convolution engine to its kernels: sizes, strides in
+// elements, pointers and the arithmetic on them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseg {
+namespace conv_engine {
+
+// Weights are packed in panels of this many output channels, the same for every instruction set:
+// one AVX-512 register tile is 32 wide, narrower ones cut a panel into parts.
+constexpr int64_t kPanel = 32;
+// Channels (the reduction) are packed in groups of one cache line.
+constexpr int64_t kGroup = 16;
+// Rows of the largest register tile.
+constexpr int kMaxRows = 14;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+enum class Activation : int { kNone = 0, kRelu = 1, kLeakyRelu = 2 };
+
+// A channels-last image batch: the channel stride is 1.
+template <typename T>
+struct Image {
+  T* data;
+  int64_t batch, row, pixel;  // strides
+  T* at(int64_t n, int64_t y, int64_t x) const { return data + n * batch + y * row + x * pixel; }
+};
+
+struct Conv {
+  int64_t N, C, H, W;  // input
+  int64_t K, Ho, Wo;   // output
+  int64_t R, S;        // kernel
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  Image<const float> x;
+  Image<float> y;
+  Image<const float> residual;  // data == nullptr: none
+  const float* weight;          // packed, see the kernel in question
+  const float* bias;            // K rounded up to kPanel
+  Activation activation;
+  float slope;
+  bool stream;  // write y past the caches
+
+  int64_t pixels() const { return N * Ho * Wo; }
+  int64_t panels() const { return ceil_div(K, kPanel); }
+  // Length of the reduction of the GEMM form, a whole number of groups.
+  int64_t depth() const { return round_up(R * S * C, kGroup); }
+};
+
+// Part i of n nearly equal parts of [0, total) begins here.
+inline int64_t part_begin(int64_t total, int64_t n, int64_t i) { return total * i / n; }
+
+}  // namespace conv_engine
+}  // namespace fastseg

@@ -1,0 +1,207 @@
+"""The CPU's inference convolution: weights packed once, bias, residual and activation fused.
+
+Two algorithms, chosen by ``choose_tile``: a matrix product over packed pixels (any kernel, stride,
+dilation), and Winograd's F(m x m, 3 x 3) for 3x3 kernels of stride 1 (Lavin and Gray 2016) on the
+sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation costs
+the same.
+
+Accuracy, as the largest error over the largest output against float64 on unit-variance data:
+
+=========================  ==============  =================================================
+algorithm                  float32         interpolation points
+=========================  ==============  =================================================
+GEMM                       1e-6
+F(2, 3)                    1e-6            0, +-1, infinity
+F(4, 3)                    1e-5            0, +-3/4, +-3/2, infinity (0, +-1, +-2: 3 x worse)
+=========================  ==============  =================================================
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine/conv_engine.h
+
+
+def choose_tile(
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    in_channels: int,
+    out_channels: int,
+    accuracy: str = "default",
+) -> int:
+    """Winograd's output tile for this layer, or 0 for the matrix product.
+
+    With fewer than 16 channels on either side the transforms cost more than they save.
+    ``accuracy="strict"`` stays with F(2, 3), whose error is that of torch's own convolution.
+    """
+    if kernel_size != (3, 3) or stride != (1, 1) or min(in_channels, out_channels) < 16:
+        return 0
+    return 4 if accuracy == "default" else 2
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """A convolution with its weights in the form the kernels read. Made by ``pack_conv``."""
+
+    packed: Tensor
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    tile: int
+    activation: str
+    negative_slope: float
+
+
+def pack_conv(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    accuracy: str = "default",
+    tile: int | None = None,
+) -> PackedConv:
+    """Prepare a convolution for ``conv_engine``.
+
+    Args:
+        weight: (K, C, R, S) float32 on the CPU; one group. Fold a batch norm in before.
+        bias: (K) float32, or None.
+        stride, padding, dilation: (vertical, horizontal), in pixels.
+        activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
+        accuracy: "default" or "strict", see ``choose_tile``.
+        tile: overrides ``choose_tile``: 0 for the matrix product, 2 or 4 for Winograd.
+
+    Returns:
+        The packed form: 36/9 times the memory of the weight for F(4, 3), 16/9 for F(2, 3), else
+        that of the weight with channels padded to 16 and 32.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or name.
+    """
+    if weight.dim() != 4 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(
+            "pack_conv: weight must be (K, C, R, S) float32 on the CPU, got "
+            f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"pack_conv: bias must have {weight.shape[0]} elements, got {tuple(bias.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"pack_conv: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if accuracy not in ("default", "strict"):
+        raise ValueError(f'pack_conv: accuracy must be "default" or "strict", got {accuracy!r}')
+    K, C, R, S = weight.shape
+    if tile is None:
+        tile = choose_tile((R, S), stride, C, K, accuracy)
+    with torch.no_grad():
+        bias = bias.detach().float().contiguous() if bias is not None else None
+        packed = torch.ops.fastseg.conv_engine_pack(weight.detach().contiguous(), bias, tile)
+    return PackedConv(
+        packed, C, K, (R, S), stride, padding, dilation, tile, activation, negative_slope
+    )
+
+
+def conv_engine(
+    x: Tensor, conv: PackedConv, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients.
+
+    Args:
+        x: (N, C, H, W) float32 on the CPU, best in channels-last memory (else it is copied).
+        conv: from ``pack_conv``.
+        residual: (N, K, Ho, Wo) float32 to add before the activation, or None.
+        out: (N, K, Ho, Wo) float32 to write to, with channel stride 1: a slice of channels of a
+            larger channels-last tensor makes a concatenation free.
+
+    Returns:
+        (N, K, Ho, Wo) float32, channels last; ``out`` if it was given.
+
+    Raises:
+        ValueError: shapes do not match, or a gradient would be needed.
+    """
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"conv_engine: x must be (N, {conv.in_channels}, H, W), got {tuple(x.shape)}"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "conv_engine: computes no gradients, call it under torch.no_grad() or use conv_bn_act"
+        )
+    x = _channels_last(x)
+    residual = _channels_last(residual) if residual is not None else None
+    options = (
+        *conv.kernel_size,
+        *conv.stride,
+        *conv.padding,
+        *conv.dilation,
+        conv.tile,
+        ACTIVATIONS.index(conv.activation),
+        conv.negative_slope,
+    )
+    if out is None:
+        return torch.ops.fastseg.conv_engine(x, conv.packed, residual, conv.out_channels, *options)
+    torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *options)
+    return out
+
+
+def conv_engine_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str = "none",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """What ``conv_engine(x, pack_conv(weight, bias, ...), residual)`` means, in plain PyTorch."""
+    y = F.conv2d(x, weight, bias, stride, padding, dilation)
+    if residual is not None:
+        y = y + residual
+    if activation == "relu":
+        return F.relu(y)
+    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x with channel stride 1: itself where it has that, be it a slice of something larger."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("fastseg::conv_engine_pack")
+def _(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    K, C, R, S = weight.shape
+    depth = -(-C * R * S // 16) * 16 if tile == 0 else (tile + 2) ** 2 * (-(-C // 16) * 16)
+    return weight.new_empty(-(-K // 32) * 32 * (depth + 1))
+
+
+@torch.library.register_fake("fastseg::conv_engine")
+def _(
+    x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
+    dilation_w, tile, activation, slope,
+):  # fmt: skip
+    Ho = (x.shape[2] + 2 * pad_h - dilation_h * (R - 1) - 1) // stride_h + 1
+    Wo = (x.shape[3] + 2 * pad_w - dilation_w * (S - 1) - 1) // stride_w + 1
+    return x.new_empty(x.shape[0], Ho, Wo, out_channels).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("fastseg::conv_engine_out")
+def _(
+    x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile,
+    activation, slope,
+):  # fmt: skip
+    return None

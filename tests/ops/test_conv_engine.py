@@ -1,0 +1,200 @@
+"""The engine's convolutions against torch in float64, for every algorithm and instruction set."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastseg.ops.conv_engine import choose_tile, conv_engine, conv_engine_reference, pack_conv
+from tests.conftest import assert_as_accurate
+
+# Largest error over largest output that the accuracy policy allows, unit-variance data.
+ALLOWED = {0: 1e-6, 2: 1e-6, 4: 1e-5}
+
+
+def relative_error(y, exact):
+    return ((y - exact).abs().max() / exact.abs().max()).item()
+
+
+def case(N, C, H, W, K, kernel, **options):
+    x = torch.randn(N, C, H, W).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(K, C, *kernel)
+    bias = torch.randn(K)
+    shape = conv_engine_reference(x, weight, **options).shape
+    residual = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    return x, weight, bias, residual
+
+
+def exact_result(x, weight, bias, residual, **options):
+    double = (t if t is None else t.double() for t in (x, weight, bias, residual))
+    return conv_engine_reference(*double, **options)
+
+
+GEMM_CASES = [  # N, C, H, W, K, kernel, stride, padding, dilation
+    (1, 64, 17, 19, 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 48, 9, 11, 40, (1, 1), (2, 2), (0, 0), (1, 1)),
+    (1, 3, 29, 31, 21, (7, 7), (2, 2), (3, 3), (1, 1)),
+    (2, 20, 13, 7, 50, (3, 3), (2, 1), (1, 0), (1, 2)),
+    (1, 17, 8, 9, 1, (1, 5), (1, 1), (0, 2), (1, 1)),
+    (1, 512, 2, 3, 96, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (3, 5, 1, 1, 33, (3, 3), (1, 1), (1, 1), (1, 1)),
+]
+WINOGRAD_CASES = [  # N, C, H, W, K, padding, dilation
+    (1, 64, 21, 23, 64, (1, 1), (1, 1)),
+    (2, 32, 21, 18, 48, (2, 2), (2, 2)),
+    (1, 20, 7, 5, 17, (4, 4), (4, 4)),
+    (1, 40, 13, 9, 33, (12, 6), (12, 6)),  # a dilation larger than the image
+    (3, 16, 4, 4, 16, (1, 1), (1, 1)),
+    (1, 19, 30, 3, 70, (0, 3), (3, 1)),
+    (1, 512, 17, 17, 32, (2, 2), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("shape", GEMM_CASES, ids=str)
+def test_gemm(shape, activation, cpu_isa):
+    N, C, H, W, K, kernel, stride, padding, dilation = shape
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "activation": activation}
+    tensors = case(N, C, H, W, K, kernel, **options)
+    conv = pack_conv(*tensors[1:3], **options, tile=0)
+    exact = exact_result(*tensors, **options)
+    assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[0]
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("shape", WINOGRAD_CASES, ids=str)
+def test_winograd(shape, tile, cpu_isa):
+    N, C, H, W, K, padding, dilation = shape
+    options = {"padding": padding, "dilation": dilation, "activation": "relu"}
+    tensors = case(N, C, H, W, K, (3, 3), **options)
+    conv = pack_conv(*tensors[1:3], **options, tile=tile)
+    exact = exact_result(*tensors, **options)
+    assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[tile]
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_strict_is_as_accurate_as_torch(kernel, cpu_isa):
+    options = {"padding": (kernel[0] // 2,) * 2, "activation": "none"}
+    x, weight, bias, residual = case(1, 96, 24, 23, 64, kernel, **options)
+    conv = pack_conv(weight, bias, **options, accuracy="strict")
+    plain = conv_engine_reference(x, weight, bias, residual, **options)
+    exact = exact_result(x, weight, bias, residual, **options)
+    assert_as_accurate(conv_engine(x, conv, residual), plain, exact, factor=1.0)
+
+
+@pytest.mark.parametrize("tile", [0, 4])
+def test_layouts(tile):
+    options = {"padding": (1, 1), "activation": "relu"}
+    x, weight, bias, residual = case(2, 32, 9, 10, 64, (3, 3), **options)
+    conv = pack_conv(weight, bias, **options, tile=tile)
+    y = conv_engine(x, conv, residual)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv_engine(x.contiguous(), conv, residual.contiguous()), y)
+    wide = torch.randn(2, 70, 9, 10).contiguous(memory_format=torch.channels_last)
+    before = wide.clone()
+    wide[:, 3:35] = x  # a slice of channels as input, another as output
+    assert torch.equal(conv_engine(wide[:, 3:35], conv, residual), y)
+    out = before.clone(memory_format=torch.preserve_format)
+    assert conv_engine(x, conv, residual, out=out[:, 5:69]).data_ptr() == out[:, 5:69].data_ptr()
+    assert torch.equal(out[:, 5:69], y)
+    assert torch.equal(out[:, :5], before[:, :5])
+    assert torch.equal(out[:, 69:], before[:, 69:])
+
+
+@pytest.mark.parametrize("tile", [0, 4])
+def test_streamed_output(tile):
+    """Outputs of several MB take another kind of store."""
+    options = {"padding": (1, 1), "activation": "relu"}
+    x, weight, bias, _ = case(1, 16, 150, 151, 64, (3, 3), **options)
+    y = conv_engine(x, pack_conv(weight, bias, **options, tile=tile))
+    assert relative_error(y, exact_result(x, weight, bias, None, **options)) <= ALLOWED[tile]
+
+
+@pytest.mark.parametrize("tile", [0, 4])
+def test_same_bits_with_any_thread_count(tile, threads):
+    options = {"padding": (2, 2), "dilation": (2, 2)}
+    x, weight, bias, residual = case(1, 64, 33, 31, 96, (3, 3), **options)
+    conv = pack_conv(weight, bias, **options, tile=tile)
+    threads(2)
+    two = conv_engine(x, conv, residual)
+    assert torch.equal(conv_engine(x, conv, residual), two)
+    threads(1)
+    assert torch.equal(conv_engine(x, conv, residual), two)
+
+
+@pytest.mark.parametrize("tile", [0, 4])
+def test_empty_batch_and_special_values(tile):
+    conv = pack_conv(torch.ones(16, 16, 3, 3), padding=(1, 1), activation="relu", tile=tile)
+    assert conv_engine(torch.randn(0, 16, 5, 5), conv).shape == (0, 16, 5, 5)
+    y = conv_engine(torch.full((1, 16, 5, 5), float("nan")), conv)
+    assert y.isnan().all()
+
+
+def test_relu_of_minus_infinity_is_zero():
+    conv = pack_conv(torch.ones(16, 16, 1, 1), activation="relu")
+    x = torch.full((1, 16, 3, 3), float("-inf"))
+    assert (conv_engine(x, conv) == 0).all()
+
+
+def test_choice():
+    assert choose_tile((3, 3), (1, 1), 64, 64) == 4
+    assert choose_tile((3, 3), (1, 1), 64, 64, "strict") == 2
+    assert choose_tile((3, 3), (2, 2), 64, 64) == 0
+    assert choose_tile((1, 1), (1, 1), 64, 64) == 0
+    assert choose_tile((3, 3), (1, 1), 3, 64) == 0
+
+
+def test_operator_registration():
+    x = torch.randn(1, 16, 6, 7).contiguous(memory_format=torch.channels_last)
+    conv = pack_conv(torch.randn(8, 16, 3, 3), padding=(1, 1))
+    options = (3, 3, 1, 1, 1, 1, 1, 1, conv.tile, 0, 0.0)
+    tests = ("test_schema", "test_faketensor")  # an inference op: no gradient to test
+    opcheck(
+        torch.ops.fastseg.conv_engine.default, (x, conv.packed, None, 8, *options), test_utils=tests
+    )
+    out = torch.empty_like(x[:, :8]).contiguous(memory_format=torch.channels_last)
+    opcheck(
+        torch.ops.fastseg.conv_engine_out.default,
+        (x, conv.packed, None, out, *options),
+        test_utils=tests,
+    )
+    weight = torch.randn(8, 16, 3, 3)
+    opcheck(torch.ops.fastseg.conv_engine_pack.default, (weight, None, 4), test_utils=tests)
+
+
+def test_compiles():
+    conv = pack_conv(torch.randn(24, 16, 3, 3), padding=(1, 1), activation="relu")
+    x = torch.randn(1, 16, 9, 9)
+    compiled = torch.compile(
+        lambda t: conv_engine(t, conv) + 1, backend="aot_eager", fullgraph=True
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(x), conv_engine(x, conv) + 1)
+
+
+def test_errors():
+    weight = torch.randn(8, 16, 3, 3)
+    with pytest.raises(ValueError, match=r"weight must be \(K, C, R, S\) float32"):
+        pack_conv(weight.double())
+    with pytest.raises(ValueError, match="bias must have 8 elements"):
+        pack_conv(weight, torch.zeros(9))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        pack_conv(weight, activation="gelu")
+    with pytest.raises(ValueError, match='accuracy must be "default" or "strict"'):
+        pack_conv(weight, accuracy="fast")
+    with pytest.raises(ValueError, match="Winograd tiles need a 3x3 kernel"):
+        pack_conv(torch.randn(8, 16, 1, 1), tile=4)
+    with pytest.raises(ValueError, match="tile must be 0"):
+        pack_conv(weight, tile=5)
+    conv = pack_conv(weight)
+    with pytest.raises(ValueError, match=r"x must be \(N, 16, H, W\)"):
+        conv_engine(torch.randn(1, 8, 5, 5), conv)
+    with pytest.raises(ValueError, match="computes no gradients"):
+        conv_engine(torch.randn(1, 16, 5, 5, requires_grad=True), conv)
+    with pytest.raises(ValueError, match="the padded input has only 2"):
+        conv_engine(torch.randn(1, 16, 2, 5), conv)
+    with pytest.raises(ValueError, match="residual must have the shape of the output"):
+        conv_engine(torch.randn(1, 16, 5, 5), conv, torch.randn(1, 8, 5, 5))
+    with pytest.raises(ValueError, match="must be a float32 image"):
+        conv_engine(torch.randn(1, 16, 5, 5).double(), conv)
+    with pytest.raises(ValueError, match="out does not have the size"):
+        conv_engine(torch.randn(1, 16, 5, 5), conv, out=torch.empty(1, 5, 5, 8).permute(0, 3, 1, 2))
