@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  loads the libraries that fastseg._C links to
 
-from . import _C, models, nn, ops  # loading _C registers torch.ops.fastseg.*
+from . import _C, convert, models, nn, ops  # loading _C registers torch.ops.fastseg.*
 
 __version__ = "0.1.0"
-__all__ = ["_C", "models", "nn", "ops"]
+__all__ = ["_C", "convert", "models", "nn", "ops"]
