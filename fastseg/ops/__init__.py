@@ -1,5 +1,14 @@
 """Functional operators: one file per op with its checks, reference, fake kernel and gradient."""
 
+from .conv_bn import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
 from .conv_engine import PackedConv, conv_engine, pack_conv
 
-__all__ = ["PackedConv", "conv_engine", "pack_conv"]
+__all__ = [
+    "PackedConv",
+    "conv_act",
+    "conv_bn_act",
+    "conv_bn_act_reference",
+    "conv_engine",
+    "fold_bn",
+    "pack_conv",
+]

@@ -1,0 +1,71 @@
+// What the CPU and the CUDA form of conv_bn_act share: torch's convolution and the layout of y.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+
+namespace fastseg {
+
+using IntList = std::vector<int64_t>;  // (height, width)
+using OptionalTensor = std::optional<Tensor>;
+
+// torch's own convolution, on whatever device x is on.
+inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                const IntList& stride, const IntList& padding,
+                                const IntList& dilation, int64_t groups) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(x),
+                                    from(weight),
+                                    from(bias),
+                                    from(stride),
+                                    from(padding),
+                                    from(dilation),
+                                    from(false),  // not transposed
+                                    from(IntList{0, 0}),
+                                    from(groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// How the elements of a dense (N, C, H, W) tensor lie in memory: as N * C planes of H * W elements,
+// or, channels-last, as N * H * W pixels of C elements.
+struct DenseLayout {
+  int64_t N, C, HW;
+  bool channels_last;
+};
+
+inline torch::headeronly::MemoryFormat memory_format(const DenseLayout& layout) {
+  using torch::headeronly::MemoryFormat;
+  return layout.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline DenseLayout dense_layout(const Tensor& y) {
+  FASTSEG_CHECK(y.dim() == 4, "conv_bn_act: expected 4 dimensions, got ", y.dim());
+  const int64_t N = y.size(0), C = y.size(1), H = y.size(2), W = y.size(3);
+  const bool pixels = (y.stride(1) == 1 || C == 1) && (y.stride(3) == C || W == 1) &&
+                      (y.stride(2) == W * C || H == 1) && (y.stride(0) == H * W * C || N == 1);
+  const bool planes = y.is_contiguous();
+  FASTSEG_CHECK(pixels || planes,
+                "conv_bn_act: the convolution's output must be contiguous or channels-last");
+  return {N, C, H * W, pixels && C > 1};
+}
+
+// `t` with the memory layout of y, so that both can be walked with one index.
+inline Tensor with_layout(const Tensor& t, const Tensor& y, const DenseLayout& layout) {
+  FASTSEG_CHECK(t.dim() == 4 && t.size(0) == y.size(0) && t.size(1) == y.size(1) &&
+                    t.size(2) == y.size(2) && t.size(3) == y.size(3) &&
+                    t.scalar_type() == y.scalar_type(),
+                "conv_bn_act: the residual or gradient must have the output's shape and dtype");
+  return torch::stable::contiguous(t, memory_format(layout));
+}
+
+}  // namespace fastseg
