@@ -1,3 +1,5 @@
 """Drop-in layers over fastseg.ops."""
 
-__all__: list[str] = []
+from .conv_bn import ConvBNReLU2d
+
+__all__ = ["ConvBNReLU2d"]

@@ -1,0 +1,213 @@
+"""Convolution + batch norm + activation as one layer."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
+
+
+class _Folded(NamedTuple):
+    """Folded weights and what they were made of."""
+
+    sources: list[Tensor]
+    state: tuple
+    weight: Tensor
+    bias: Tensor
+
+
+class ConvBNReLU2d(nn.Module):
+    """``activation(bn(conv(x)) + residual)``, fused; see :func:`fastseg.ops.conv_bn_act`.
+
+    The children are a plain ``nn.Conv2d`` and ``nn.BatchNorm2d``, so the state dict has the usual
+    keys (``conv.weight``, ``bn.weight``, ``bn.running_mean``, ...), batch norm can be frozen by
+    ``layer.bn.eval()`` and replaced, also by ``SyncBatchNorm.convert_sync_batchnorm`` (which then
+    runs unfused in training).
+
+    With ``bn`` in evaluation mode it is folded into the convolution. The folded weights are kept
+    until a parameter or buffer changes, unless a gradient in them is wanted.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
+            ``nn.Conv2d``.
+        eps, momentum: as in ``nn.BatchNorm2d``.
+        activation: "relu", "leaky_relu" or "none".
+        negative_slope: of "leaky_relu", at least 0.
+
+    Shapes: x (N, in_channels, H, W) and residual, if any, like the result
+    (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"ConvBNReLU2d: activation must be one of {ACTIVATIONS}, got {activation}"
+            )
+        if negative_slope < 0:
+            raise ValueError(
+                f"ConvBNReLU2d: negative_slope must be at least 0, got {negative_slope}"
+            )
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self._folded: _Folded | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, bn = self.conv, self.bn
+        if not (_is_plain(conv, nn.Conv2d) and _is_plain(bn, nn.BatchNorm2d)):
+            return _unfused(self, x, residual)
+        if bn.training or bn.running_mean is None:
+            update = bn.training and bn.track_running_stats
+            return conv_bn_act(
+                x,
+                conv.weight,
+                conv.bias,
+                bn.weight,
+                bn.bias,
+                bn.running_mean if update else None,
+                bn.running_var if update else None,
+                residual,
+                stride=conv.stride,
+                padding=conv.padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+                training=True,
+                momentum=_count_batch(bn) if update else 0.0,
+                eps=bn.eps,
+                activation=self.activation,
+                negative_slope=self.negative_slope,
+            )
+        weight, bias = self._fold(x)
+        return conv_act(
+            x,
+            weight,
+            bias,
+            residual,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+        )
+
+    def unfuse(self) -> "UnfusedConvBNReLU2d":
+        """The same layer in plain PyTorch modules, sharing parameters and state-dict keys."""
+        return UnfusedConvBNReLU2d(self.conv, self.bn, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"activation={self.activation!r}{slope}"
+
+    def _fold(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The folded weight and bias, from the cache where nothing changed since."""
+        conv, bn = self.conv, self.bn
+        sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        tensors = [t for t in sources if t is not None]
+        if (
+            torch.compiler.is_compiling()  # the graph keeps the parameters as its inputs
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            or any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors)
+        ):
+            return fold_bn(*sources, bn.eps)  # type: ignore[arg-type]
+        dtype = conv.weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        # Versions tell of changes in place, addresses of `.data = `, as in Module.to().
+        state = (bn.eps, dtype, *((t._version, t.data_ptr()) for t in tensors))
+        folded = self._folded
+        if (
+            folded is None
+            or folded.state != state
+            or any(t is not source for t, source in zip(tensors, folded.sources, strict=True))
+        ):
+            # Ordinary tensors also inside inference_mode, for use outside of it later.
+            with torch.inference_mode(False), torch.no_grad():
+                weight, bias = fold_bn(*sources, bn.eps)  # type: ignore[arg-type]
+                folded = _Folded(tensors, state, weight.to(dtype), bias.to(dtype))
+            self._folded = folded
+        return folded.weight, folded.bias
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_folded": None}  # copies and pickles fold anew
+
+
+class UnfusedConvBNReLU2d(nn.Module):
+    """``activation(bn(conv(x)) + residual)`` in plain PyTorch, for exporters and comparisons."""
+
+    def __init__(
+        self, conv: nn.Module, bn: nn.Module, activation: str, negative_slope: float
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = bn
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _unfused(self, x, residual)
+
+
+def _unfused(
+    layer: "ConvBNReLU2d | UnfusedConvBNReLU2d", x: Tensor, residual: Tensor | None
+) -> Tensor:
+    z = layer.bn(layer.conv(x))
+    if residual is not None:
+        z = z + residual
+    if layer.activation == "relu":
+        return F.relu(z)
+    return F.leaky_relu(z, layer.negative_slope) if layer.activation == "leaky_relu" else z
+
+
+def _is_plain(child: nn.Module, kind: type) -> bool:
+    """Whether `child` does what its class says: the class itself, and no hooks to be called."""
+    return (
+        type(child) is kind
+        and not child._forward_pre_hooks
+        and not child._forward_hooks
+        and not child._backward_pre_hooks
+        and not child._backward_hooks
+        and getattr(child, "padding_mode", "zeros") == "zeros"
+    )
+
+
+def _count_batch(bn: nn.BatchNorm2d) -> float | Tensor:
+    """Counts one more batch; the weight of this batch in the running statistics."""
+    count = bn.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    if bn.momentum is None and count is not None:
+        return 1.0 / count  # the plain average of all batches
+    return bn.momentum or 0.0
