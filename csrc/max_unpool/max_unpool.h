@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <vector>
 
@@ -76,7 +77,8 @@ inline Pool2d pool_geometry(const char* op, const Tensor& x, IntPair size, const
                             const IntPair& stride, const IntPair& padding) {
   FASTSEG_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), got ", x.dim(), " dimensions");
   if (size.empty()) size = {x.size(2), x.size(3)};
-  for (const IntPair* pair : {&size, &kernel, &stride, &padding}) {
+  for (const IntPair* pair :
+       std::initializer_list<const IntPair*>{&size, &kernel, &stride, &padding}) {
     FASTSEG_CHECK(pair->size() == 2, op, ": sizes must be (height, width), got ", pair->size(),
                   " numbers");
   }
@@ -121,9 +123,12 @@ inline Pool2d pool_of_indices(const char* op, const Tensor& x, const Tensor& ind
                               const IntPair& size, const IntPair& kernel, const IntPair& stride,
                               const IntPair& padding) {
   Pool2d pool = pool_geometry(op, x, size, kernel, stride, padding);
-  FASTSEG_CHECK(
-      indices.dim() == 4 && indices.scalar_type() == ScalarType::Byte && indices.size(0) == pool.N,
-      op, ": indices must be uint8 (N, C, h, w) with the N of x");
+  FASTSEG_CHECK(indices.scalar_type() == ScalarType::Byte && indices.is_cuda() == x.is_cuda(), op,
+                ": indices must be the uint8 indices of max_pool2d on the device of x; convert "
+                "PyTorch's with from_torch_indices");
+  FASTSEG_CHECK(indices.dim() == 4 && indices.size(0) == pool.N, op,
+                ": indices must be (N, C, h, w) with the N of x, ", pool.N, ", got ", indices.dim(),
+                " dimensions and N = ", indices.dim() > 0 ? indices.size(0) : 0);
   pool.packed = indices.size(1) != pool.C;
   FASTSEG_CHECK(indices.size(1) == pool.index_channels() && (!pool.packed || pool.is_2x2()), op,
                 ": indices must have the channels of x, or a fourth of them if packed (2x2, stride "
