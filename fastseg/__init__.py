@@ -3,6 +3,7 @@
 import torch  # noqa: F401  loads the libraries that fastseg._C links to
 
 from . import _C, convert, models, nn, ops  # loading _C registers torch.ops.fastseg.*
+from .optimize import explain, optimize
 
 __version__ = "0.1.0"
-__all__ = ["_C", "convert", "models", "nn", "ops"]
+__all__ = ["_C", "convert", "explain", "models", "nn", "ops", "optimize"]

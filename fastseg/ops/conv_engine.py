@@ -16,6 +16,7 @@ F(4, 3)                    1e-5            0, +-3/4, +-3/2, infinity (0, +-1, +-
 =========================  ==============  =================================================
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +27,53 @@ ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine
 
 
 def choose_tile(
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
     in_channels: int,
     out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     accuracy: str = "default",
 ) -> int:
-    """Winograd's output tile for this layer, or 0 for the matrix product.
+    """Winograd's output tile for this layer and input size (H, W), or 0 for the matrix product.
 
-    With fewer than 16 channels on either side the transforms cost more than they save.
-    ``accuracy="strict"`` stays with F(2, 3), whose error is that of torch's own convolution.
+    The one with the fewest multiplications wins. A transform counts like 12 more channels on the
+    other side: on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels. Tiles
+    that reach over the border of a sub-grid count in full, so that on a 65x65 map F(4, 3) is
+    chosen up to dilation 12. ``accuracy="strict"`` leaves F(4, 3) out: the error of F(2, 3) is
+    that of torch's own convolution.
     """
-    if kernel_size != (3, 3) or stride != (1, 1) or min(in_channels, out_channels) < 16:
+    C, K = in_channels, out_channels
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
         return 0
-    return 4 if accuracy == "default" else 2
+    cost = {0: 9.0 * Ho * Wo * C * K}
+    for tile in (2,) if accuracy == "strict" else (2, 4):
+        tiles = winograd_tiles(Ho, dilation[0], tile) * winograd_tiles(Wo, dilation[1], tile)
+        cost[tile] = (tile + 2) ** 2 * tiles * (C * K + 12.0 * (C + K))
+    return min(cost, key=cost.__getitem__)
+
+
+def output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """(Ho, Wo) of a convolution of an input (H, W)."""
+    Ho, Wo = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return Ho, Wo
+
+
+def winograd_tiles(outputs: int, dilation: int, tile: int) -> int:
+    """Tiles along one axis: each of the ``dilation`` sub-grids is cut on its own."""
+    short, long_phases = divmod(outputs, dilation)
+    return long_phases * -(-(short + 1) // tile) + (dilation - long_phases) * -(-short // tile)
 
 
 @dataclass(frozen=True)
@@ -67,8 +101,7 @@ def pack_conv(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "none",
     negative_slope: float = 0.01,
-    accuracy: str = "default",
-    tile: int | None = None,
+    tile: int = 0,
 ) -> PackedConv:
     """Prepare a convolution for ``conv_engine``.
 
@@ -77,8 +110,7 @@ def pack_conv(
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        accuracy: "default" or "strict", see ``choose_tile``.
-        tile: overrides ``choose_tile``: 0 for the matrix product, 2 or 4 for Winograd.
+        tile: 0 for the matrix product, 2 or 4 for Winograd; see ``choose_tile``.
 
     Returns:
         The packed form: 36/9 times the memory of the weight for F(4, 3), 16/9 for F(2, 3), else
@@ -98,11 +130,7 @@ def pack_conv(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"pack_conv: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if accuracy not in ("default", "strict"):
-        raise ValueError(f'pack_conv: accuracy must be "default" or "strict", got {accuracy!r}')
     K, C, R, S = weight.shape
-    if tile is None:
-        tile = choose_tile((R, S), stride, C, K, accuracy)
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None
         packed = torch.ops.fastseg.conv_engine_pack(weight.detach().contiguous(), bias, tile)
@@ -170,6 +198,11 @@ def conv_engine_reference(
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     if residual is not None:
         y = y + residual
+    return activate(y, activation, negative_slope)
+
+
+def activate(y: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The activation of that name, in plain PyTorch."""
     if activation == "relu":
         return F.relu(y)
     return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
@@ -194,8 +227,8 @@ def _(
     x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
     dilation_w, tile, activation, slope,
 ):  # fmt: skip
-    Ho = (x.shape[2] + 2 * pad_h - dilation_h * (R - 1) - 1) // stride_h + 1
-    Wo = (x.shape[3] + 2 * pad_w - dilation_w * (S - 1) - 1) // stride_w + 1
+    geometry = ((R, S), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
+    Ho, Wo = output_size(x.shape[2:], *geometry)
     return x.new_empty(x.shape[0], Ho, Wo, out_channels).permute(0, 3, 1, 2)
 
 

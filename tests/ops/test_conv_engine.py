@@ -75,7 +75,7 @@ def test_winograd(shape, tile, cpu_isa):
 def test_strict_is_as_accurate_as_torch(kernel, cpu_isa):
     options = {"padding": (kernel[0] // 2,) * 2, "activation": "none"}
     x, weight, bias, residual = case(1, 96, 24, 23, 64, kernel, **options)
-    conv = pack_conv(weight, bias, **options, accuracy="strict")
+    conv = pack_conv(weight, bias, **options, tile=2 if kernel == (3, 3) else 0)
     plain = conv_engine_reference(x, weight, bias, residual, **options)
     exact = exact_result(x, weight, bias, residual, **options)
     assert_as_accurate(conv_engine(x, conv, residual), plain, exact, factor=1.0)
@@ -136,16 +136,23 @@ def test_relu_of_minus_infinity_is_zero():
 
 
 def test_choice():
-    assert choose_tile((3, 3), (1, 1), 64, 64) == 4
-    assert choose_tile((3, 3), (1, 1), 64, 64, "strict") == 2
-    assert choose_tile((3, 3), (2, 2), 64, 64) == 0
-    assert choose_tile((1, 1), (1, 1), 64, 64) == 0
-    assert choose_tile((3, 3), (1, 1), 3, 64) == 0
+    def choice(C, K, kernel=(3, 3), size=(65, 65), **options):
+        return choose_tile(C, K, kernel, size, **options)
+
+    assert choice(64, 64, padding=(1, 1)) == 4
+    assert choice(512, 512, padding=(4, 4), dilation=(4, 4)) == 4
+    assert choice(64, 64, padding=(1, 1), accuracy="strict") == 2
+    assert choice(64, 64, stride=(2, 2)) == 0
+    assert choice(64, 64, kernel=(1, 1)) == 0
+    assert choice(3, 64) == 0
+    # Sub-grids of one or two outputs: whole tiles of four would be mostly waste.
+    assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == 2
+    assert choice(64, 64, size=(2, 2)) == 0  # too small for the kernel
 
 
 def test_operator_registration():
     x = torch.randn(1, 16, 6, 7).contiguous(memory_format=torch.channels_last)
-    conv = pack_conv(torch.randn(8, 16, 3, 3), padding=(1, 1))
+    conv = pack_conv(torch.randn(8, 16, 3, 3), padding=(1, 1), tile=4)
     options = (3, 3, 1, 1, 1, 1, 1, 1, conv.tile, 0, 0.0)
     tests = ("test_schema", "test_faketensor")  # an inference op: no gradient to test
     opcheck(
@@ -162,7 +169,7 @@ def test_operator_registration():
 
 
 def test_compiles():
-    conv = pack_conv(torch.randn(24, 16, 3, 3), padding=(1, 1), activation="relu")
+    conv = pack_conv(torch.randn(24, 16, 3, 3), padding=(1, 1), activation="relu", tile=4)
     x = torch.randn(1, 16, 9, 9)
     compiled = torch.compile(
         lambda t: conv_engine(t, conv) + 1, backend="aot_eager", fullgraph=True
@@ -179,8 +186,6 @@ def test_errors():
         pack_conv(weight, torch.zeros(9))
     with pytest.raises(ValueError, match="activation must be one of"):
         pack_conv(weight, activation="gelu")
-    with pytest.raises(ValueError, match='accuracy must be "default" or "strict"'):
-        pack_conv(weight, accuracy="fast")
     with pytest.raises(ValueError, match="Winograd tiles need a 3x3 kernel"):
         pack_conv(torch.randn(8, 16, 1, 1), tile=4)
     with pytest.raises(ValueError, match="tile must be 0"):

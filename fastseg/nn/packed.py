@@ -1,0 +1,145 @@
+"""A convolution prepared for inference on the CPU."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+from ..ops.conv_engine import (
+    PackedConv,
+    activate,
+    choose_tile,
+    conv_engine,
+    output_size,
+    pack_conv,
+)
+
+
+class PackedConv2d(nn.Module):
+    """``activation(bn(conv(x)) + residual)`` by the convolution engine, without gradients.
+
+    The batch norm is folded into the weights. They are packed at the first call, once for every
+    algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
+    the memory of the layer.
+
+    Args:
+        conv: a convolution for which :func:`unsupported` has no objection.
+        bn: the batch norm behind it, or None.
+        activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
+        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`.
+
+    Shapes: x (N, C, H, W), residual (N, K, Ho, Wo) -> (N, K, Ho, Wo), channels last.
+
+    Raises:
+        ValueError: the engine does not compute this convolution.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None = None,
+        *,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        accuracy: str = "default",
+    ) -> None:
+        super().__init__()
+        reason = unsupported(conv, bn)
+        if reason:
+            raise ValueError(f"PackedConv2d: {reason}")
+        weight, bias = conv.weight.detach(), conv.bias.detach() if conv.bias is not None else None
+        if bn is not None:
+            weight, bias = (
+                t.detach()
+                for t in fuse_conv_bn_weights(
+                    weight,
+                    bias,
+                    bn.running_mean,  # type: ignore[arg-type]
+                    bn.running_var,  # type: ignore[arg-type]
+                    bn.eps,
+                    bn.weight,
+                    bn.bias,
+                )
+            )
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.accuracy = accuracy
+        self.options: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": _padding(conv),
+            "dilation": conv.dilation,
+            "activation": activation,
+            "negative_slope": negative_slope,
+        }
+        self._packed: dict[int, PackedConv] = {}
+
+    def tile(self, x: Tensor) -> int:
+        """The algorithm for an input of this size, as in ``pack_conv``."""
+        K, C, *kernel = self.weight.shape
+        stride, padding, dilation = self._geometry()
+        return choose_tile(
+            C, K, kernel, x.shape[2:], stride, padding, dilation, accuracy=self.accuracy
+        )
+
+    def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        K, _, *kernel = self.weight.shape
+        return x.shape[0], K, *output_size(x.shape[2:], kernel, *self._geometry())
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        tile = self.tile(x)
+        packed = self._packed.get(tile)
+        if packed is None:
+            with torch.inference_mode(False):
+                packed = pack_conv(self.weight, self.bias, **self.options, tile=tile)
+            self._packed[tile] = packed
+        if residual is not None and residual.shape != self.output_shape(x):  # it broadcasts
+            y = conv_engine(x, replace(packed, activation="none")) + residual
+            return activate(y, packed.activation, packed.negative_slope)
+        return conv_engine(x, packed, residual, out)
+
+    def extra_repr(self) -> str:
+        K, C, R, S = self.weight.shape
+        return f"{C}, {K}, kernel_size=({R}, {S}), " + ", ".join(
+            f"{name}={value}" for name, value in self.options.items() if name != "negative_slope"
+        )
+
+    def _geometry(self) -> list[tuple[int, int]]:
+        return [self.options[name] for name in ("stride", "padding", "dilation")]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": {}}  # copies pack anew
+
+
+def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None:
+    """Why the engine does not compute this layer, or None."""
+    if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
+        return f"weights are {conv.weight.dtype} on {conv.weight.device}, not float32 on the CPU"
+    if conv.groups != 1:
+        return f"{conv.groups} groups"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode}"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in _spans(conv)):
+        return "uneven same padding"
+    if bn is not None and (bn.training or bn.running_mean is None):
+        return "batch norm of the batch's own statistics"
+    return None
+
+
+def _spans(conv: nn.Conv2d) -> list[tuple[int, int]]:
+    return list(zip(conv.dilation, conv.kernel_size, strict=True))
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if conv.padding == "same":
+        vertical, horizontal = (d * (k - 1) // 2 for d, k in _spans(conv))
+        return vertical, horizontal
+    if conv.padding == "valid":
+        return 0, 0
+    return conv.padding  # type: ignore[return-value]

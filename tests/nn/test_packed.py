@@ -1,0 +1,84 @@
+"""The packed layer against the modules it is made of."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastseg.nn.packed import PackedConv2d, unsupported
+from tests.conftest import assert_as_accurate
+
+
+def batch_norm(channels):
+    bn = nn.BatchNorm2d(channels).eval()
+    nn.init.uniform_(bn.weight, 0.5, 2)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    return bn
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same", "valid"])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_folds_batch_norm(padding, bias):
+    conv = nn.Conv2d(20, 24, 3, padding=padding, dilation=2, bias=bias)
+    bn = batch_norm(24)
+    packed = PackedConv2d(conv, bn, activation="leaky_relu", negative_slope=0.2, accuracy="strict")
+    x = torch.randn(2, 20, 13, 14)
+    plain = nn.functional.leaky_relu(bn(conv(x)), 0.2)
+    exact = nn.functional.leaky_relu(copy.deepcopy(bn).double()(conv.double()(x.double())), 0.2)
+    assert_as_accurate(packed(x), plain, exact)
+
+
+@torch.no_grad()
+def test_packs_once_per_algorithm():
+    packed = PackedConv2d(nn.Conv2d(32, 32, 3, padding=8, dilation=8))
+    first = packed(torch.randn(1, 32, 65, 65))
+    assert set(packed._packed) == {4}
+    weights = packed._packed[4].packed
+    packed(torch.randn(2, 32, 64, 64))
+    assert packed._packed[4].packed is weights
+    packed(torch.randn(1, 32, 16, 16))  # sub-grids of two pixels
+    assert set(packed._packed) == {2, 4}
+    assert first.shape == (1, 32, 65, 65)
+
+
+def test_packed_in_inference_mode_runs_outside():
+    packed = PackedConv2d(nn.Conv2d(16, 16, 3))
+    x = torch.randn(1, 16, 8, 8)
+    with torch.inference_mode():
+        y = packed(x)
+    with torch.no_grad():
+        assert torch.equal(packed(x), y)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 1, 1), (2, 1, 9, 9), (1, 16, 9, 9)])
+@torch.no_grad()
+def test_residual_that_broadcasts(shape):
+    conv = nn.Conv2d(16, 16, 1)
+    x, residual = torch.randn(2, 16, 9, 9), torch.randn(shape)
+    packed = PackedConv2d(conv, activation="relu")
+    torch.testing.assert_close(packed(x, residual), (conv(x) + residual).relu())
+
+
+@torch.no_grad()
+def test_copies_and_pickles():
+    packed = PackedConv2d(nn.Conv2d(16, 8, 1))
+    x = torch.randn(1, 16, 3, 3)
+    y = packed(x)
+    assert torch.equal(copy.deepcopy(packed)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(packed))(x), y)
+
+
+def test_unsupported():
+    assert unsupported(nn.Conv2d(8, 8, 3)) is None
+    assert unsupported(nn.Conv2d(8, 8, 3, groups=2)) == "2 groups"
+    assert unsupported(nn.Conv2d(8, 8, 3, padding_mode="reflect")) == "padding mode reflect"
+    assert unsupported(nn.Conv2d(8, 8, 2, padding="same")) == "uneven same padding"
+    assert "float64" in unsupported(nn.Conv2d(8, 8, 3, dtype=torch.float64))
+    assert "own statistics" in unsupported(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match="PackedConv2d: 2 groups"):
+        PackedConv2d(nn.Conv2d(8, 8, 3, groups=2))
