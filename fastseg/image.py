@@ -7,14 +7,17 @@ array to prediction, training and evaluation.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+# What a folder of photographs is searched for.
+PICTURE_NAME = re.compile(r"\.(avif|bmp|gif|jp2|jpe?g|png|ppm|tiff?|webp)$", re.IGNORECASE)
 Photo = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 
@@ -55,8 +58,10 @@ def _from_file(path: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 return _from_pil(image)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path}: cannot be read as a picture (unknown format)") from error
         except Exception as error:  # decoders raise almost anything on a damaged file
-            reason = str(error).replace(repr(file), "the file") or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
 
 
@@ -124,10 +129,10 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"read_image: values must be uint8, uint16, bool or float, got {array.dtype}"
         )
-    array = array.astype(np.uint8)
+    array = array.astype(np.uint8, order="C")  # always a copy: the result is the caller's
     if array.shape[2] == 4:
         return _from_pil(Image.fromarray(array))
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+    return array if array.shape[2] == 3 else np.repeat(array, 3, 2)
 
 
 def voc_palette() -> np.ndarray:

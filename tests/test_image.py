@@ -35,6 +35,8 @@ def test_every_kind_of_source_gives_the_same_pixels(rgb, tmp_path):
         image = read_image(source)
         assert image.dtype == np.uint8
         assert image.flags.c_contiguous
+        assert image.flags.writeable
+        assert not np.shares_memory(image, rgb)
         np.testing.assert_array_equal(image, rgb)
 
 

@@ -12,6 +12,7 @@ from .deeplabv2 import DeepLabV2, deeplabv2_vgg16
 from .dilated import ContextModule, Dilated, dilated8_vgg16, dilated_frontend_vgg16
 from .fcn import FCN, fcn8s_vgg16, fcn16s_vgg16, fcn32s_vgg16
 from .registry import ModelInfo, Paper, create_model, list_models, model_info, register
+from .u2net import U2Net, u2net, u2netp
 from .vgg import VGG16
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ModelInfo",
     "Paper",
     "SegmentationModel",
+    "U2Net",
     "count_macs",
     "count_parameters",
     "create_model",
@@ -39,4 +41,6 @@ __all__ = [
     "list_models",
     "model_info",
     "register",
+    "u2net",
+    "u2netp",
 ]

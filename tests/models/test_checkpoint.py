@@ -1,0 +1,55 @@
+"""Weights files and their model cards."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastseg.models.checkpoint import (
+    ModelCard,
+    load_weights,
+    read_card,
+    save_checkpoint,
+    shipped_path,
+    shipped_weights,
+)
+
+
+def test_round_trip(tmp_path):
+    card = ModelCard(
+        "segnet", {"num_classes": 3}, ("sky", "road", "tree"), (0.0,) * 3, (1.0,) * 3, (360, 480)
+    )
+    state = {"a.weight": torch.randn(4, 3).t(), "n": torch.tensor(7)}
+    save_checkpoint(tmp_path / "w.safetensors", state, card)
+    assert read_card(tmp_path / "w.safetensors") == card
+    torch.testing.assert_close(load_file(tmp_path / "w.safetensors"), state)
+
+
+def test_a_file_without_card(tmp_path):
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_file(layer.state_dict(), tmp_path / "w.safetensors")
+    assert read_card(tmp_path / "w.safetensors") is None
+    load_weights(other, tmp_path / "w.safetensors", "linear")
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match=r"w\.safetensors: must be a safetensors file"):
+        read_card(tmp_path / "w.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "card.safetensors", metadata={"arch": "{"})
+    with pytest.raises(ValueError, match="its model card is damaged"):
+        read_card(tmp_path / "card.safetensors")
+    with pytest.raises(OSError, match="nowhere"):
+        read_card(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match=r"card\.safetensors: its weights do not fit linear"):
+        load_weights(nn.Linear(2, 2), tmp_path / "card.safetensors", "linear")
+
+
+def test_every_shipped_file_names_its_network():
+    assert "u2netp" in shipped_weights()
+    for name in shipped_weights():
+        card = read_card(shipped_path(name))
+        assert card is not None
+        assert card.arch == name
+        assert card.source
