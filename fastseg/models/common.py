@@ -64,6 +64,38 @@ class Backbone(nn.Module):
     channels: list[int]
 
 
+class SimpleSegmentationModel(SegmentationModel):
+    """A trunk, a classifier on its last map and, in ``"aux"``, another on the map before.
+
+    Args:
+        backbone: returns feature maps, finest first.
+        classifier: maps the last one to class scores.
+        aux_classifier: maps the one before to class scores, for an auxiliary loss; or None.
+        align_corners: of the resizing to the input.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None = None,
+        *,
+        align_corners: bool = False,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+        self.align_corners = align_corners
+
+    def scores(self, x: Tensor) -> dict[str, Tensor]:
+        *_, c4, c5 = self.backbone(x)
+        scores = {"out": self.classifier(c5)}
+        if self.aux_classifier is not None:
+            scores["aux"] = self.aux_classifier(c4)
+        return scores
+
+
 def resize(x: Tensor, size: Size, align_corners: bool) -> Tensor:
     """x (N, C, h, w) -> (N, C, *size), bilinear."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import SegmentationModel, init_conv, resize
@@ -36,8 +37,24 @@ def deeplab_vgg16(in_channels: int, variant: str, width: int) -> VGG16:
         "7x7": ((2, 2, 0), (3, 1, 1)),
         "4x4": ((2, 2, 1), (2, 1, 0)),
     }[variant]
-    pools = [pool(*first), pool(*first), pool(*first), pool(*fourth), pool(3, 1, 1)]
+    pools: list[nn.Module] = [
+        pool(*first),
+        pool(*first),
+        pool(*first),
+        pool(*fourth),
+        pool(3, 1, 1),
+    ]
+    if variant == "4x4":
+        pools[3] = nn.Sequential(_AtLeast2x2(), pools[3])
     return VGG16(in_channels, dilation5=2, pools=pools, width=width)
+
+
+class _AtLeast2x2(nn.Module):
+    """Repeats the last row or column of a map that a 2x2 pool without padding would not fit on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        return F.pad(x, (0, max(0, 2 - W), 0, max(0, 2 - H)), mode="replicate")
 
 
 class DeepLabV1(SegmentationModel):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import Backbone, SegmentationModel, resize
+from .common import Backbone, SegmentationModel, init_conv, resize
 from .deeplabv1 import deeplab_vgg16
 from .registry import Paper, register
+from .resnet import ResNet
 from .vgg import vgg_head
 
 PAPER = Paper(
@@ -107,3 +109,58 @@ def deeplabv2_vgg16(
     backbone = deeplab_vgg16(in_channels, "largefov", width)
     branches = [vgg_head(8 * width, hidden, num_classes, 3, dilation=r) for r in rates]
     return DeepLabV2(backbone, branches, scales=scales, align_corners=align_corners)
+
+
+def deeplabv2_resnet(
+    depth: int | Sequence[int],
+    /,
+    num_classes: int = 21,
+    in_channels: int = 3,
+    *,
+    rates: Sequence[int] = ASPP_L,
+    scales: Sequence[float] = (1.0,),
+    align_corners: bool = True,
+    width: int = 64,
+) -> DeepLabV2:
+    """DeepLab v2 on a ResNet: four dilated 3x3 convolutions to class scores, summed.
+
+    The paper trains with frozen batch norm: ``model.freeze_bn()``.
+
+    Args:
+        depth: 50, 101 or 152, or blocks per stage.
+        num_classes: classes.
+        in_channels: channels of the image.
+        rates: dilations of the branches: (6, 12, 18, 24), or (12,) for LargeFOV.
+        scales: see :class:`DeepLabV2`; the paper's multi-scale form is (1, 0.75, 0.5).
+        align_corners: see :class:`DeepLabV2`.
+        width: see :class:`ResNet`.
+    """
+    backbone = ResNet(
+        depth,
+        in_channels,
+        output_stride=8,
+        stride_in="1x1",
+        dilation="full",
+        ceil_pool=True,
+        width=width,
+    )
+    channels = backbone.channels[-1]
+    branches = [nn.Conv2d(channels, num_classes, 3, padding=r, dilation=r) for r in rates]
+    model = DeepLabV2(backbone, branches, scales=scales, align_corners=align_corners)
+    init_conv(model.branches, std=0.01)
+    return model
+
+
+@register(
+    PAPER,
+    stride=8,
+    voc2012=79.7,
+    conditions="COCO pretraining, ASPP-L, scales (1, 0.75, 0.5), dense CRF",
+    family=deeplabv2_resnet,
+)
+def deeplabv2_resnet101(num_classes: int = 21, in_channels: int = 3, **options: Any) -> DeepLabV2:
+    """DeepLab v2 on ResNet-101: VOC val 76.35, with dense CRF 77.69.
+
+    Options: see :func:`deeplabv2_resnet`.
+    """
+    return deeplabv2_resnet(101, num_classes, in_channels, **options)

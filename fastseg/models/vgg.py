@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..nn import ConvBNReLU2d
 from .common import Backbone, init_conv
 
 CONVS = (2, 2, 3, 3, 3)  # 3x3 convolutions per stage
@@ -18,6 +19,8 @@ class VGG16(Backbone):
 
     Args:
         in_channels: channels of the image.
+        batch_norm: batch norm after each convolution (SegNet).
+        conv_bias: whether convolutions in front of a batch norm have a bias.
         padding: "same", or "valid" for convolutions without padding (Dilated).
         first_padding: padding of conv1_1 (FCN in Caffe: 100); None follows ``padding``.
         dilation5: dilation of conv5_1 to conv5_3.
@@ -32,6 +35,8 @@ class VGG16(Backbone):
         self,
         in_channels: int = 3,
         *,
+        batch_norm: bool = False,
+        conv_bias: bool = True,
         padding: Literal["same", "valid"] = "same",
         first_padding: int | None = None,
         dilation5: int = 1,
@@ -49,10 +54,15 @@ class VGG16(Backbone):
                 pad = dilation if padding == "same" else 0
                 if s == i == 1 and first_padding is not None:
                     pad = first_padding
-                layers[f"conv{s}_{i}"] = nn.Conv2d(
-                    before, channels, 3, padding=pad, dilation=dilation
-                )
-                layers[f"relu{s}_{i}"] = nn.ReLU(inplace=True)
+                if batch_norm:
+                    layers[f"conv{s}_{i}"] = ConvBNReLU2d(
+                        before, channels, 3, padding=pad, dilation=dilation, bias=conv_bias
+                    )
+                else:
+                    layers[f"conv{s}_{i}"] = nn.Conv2d(
+                        before, channels, 3, padding=pad, dilation=dilation
+                    )
+                    layers[f"relu{s}_{i}"] = nn.ReLU(inplace=True)
                 before = channels
             self.stages.append(nn.Sequential(layers))
         self.pools = nn.ModuleList(pools or [nn.MaxPool2d(2, 2, ceil_mode=True) for _ in range(5)])

@@ -1,6 +1,8 @@
 """Drop-in layers over fastseg.ops."""
 
+from .aspp import ASPP
 from .conv_bn import ConvBNReLU2d
 from .pooling import MaxPool2d, MaxUnpool2d
+from .pyramid_pooling import PyramidPooling
 
-__all__ = ["ConvBNReLU2d", "MaxPool2d", "MaxUnpool2d"]
+__all__ = ["ASPP", "ConvBNReLU2d", "MaxPool2d", "MaxUnpool2d", "PyramidPooling"]

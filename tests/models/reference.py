@@ -114,3 +114,50 @@ def vgg_head(w: Weights, x: Tensor, name: str, *, padding: int, dilation=1) -> T
     x = F.relu(w.conv(x, name + ".fc6", padding=padding, dilation=dilation))
     x = F.relu(w.conv(x, name + ".fc7"))
     return w.conv(x, name + ".score")
+
+
+def resnet(
+    w: Weights, x: Tensor, *stages: list[tuple[int, int]], deep=False, ceil=False, stride_in=2
+):
+    """c2 to c5 of a bottleneck ResNet. Each stage lists (stride, dilation) of its blocks;
+    ``stride_in`` is the number of the convolution that strides."""
+    x = w.conv_bn_relu(x, "backbone.stem.0", stride=2, padding=1 if deep else 3)
+    if deep:
+        x = w.conv_bn_relu(x, "backbone.stem.1", padding=1)
+        x = w.conv_bn_relu(x, "backbone.stem.2", padding=1)
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=ceil)
+    maps = []
+    for s, blocks in enumerate(stages, 1):
+        for b, (stride, dilation) in enumerate(blocks):
+            name = f"backbone.layer{s}.{b}"
+            s1, s2 = (stride, 1) if stride_in == 1 else (1, stride)
+            x = bottleneck(w, x, name, s1, s2, dilation, stride if b == 0 else None)
+        maps.append(x)
+    return maps
+
+
+def bottleneck(w: Weights, x: Tensor, name: str, s1=1, s2=1, dilation=1, project=None) -> Tensor:
+    y = w.conv_bn_relu(x, name + ".conv1", stride=s1)
+    y = w.conv_bn_relu(y, name + ".conv2", stride=s2, padding=dilation, dilation=dilation)
+    y = w.conv_bn(y, name + ".conv3")
+    if project is not None:
+        x = w.conv_bn(x, name + ".downsample", stride=project)
+    return F.relu(y + x)
+
+
+# Blocks of the small ResNet of the tests, depth (1, 2, 2, 3), as (stride, dilation).
+DEPTH = (1, 2, 2, 3)
+STRIDE_32 = [(1, 1)], [(2, 1), (1, 1)], [(2, 1), (1, 1)], [(2, 1), (1, 1), (1, 1)]
+STRIDE_16 = [(1, 1)], [(2, 1), (1, 1)], [(2, 1), (1, 1)], [(1, 1), (1, 2), (1, 2)]
+STRIDE_8 = [(1, 1)], [(2, 1), (1, 1)], [(1, 1), (1, 2)], [(1, 2), (1, 4), (1, 4)]
+STRIDE_8_FULL = [(1, 1)], [(2, 1), (1, 1)], [(1, 2), (1, 2)], [(1, 4), (1, 4), (1, 4)]
+SMALL_RESNET = {"num_classes": 3, "in_channels": 2, "width": 4}
+
+
+def up(y: Tensor, x: Tensor, align_corners: bool) -> Tensor:
+    """y resized to x."""
+    return F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def fcn_head(w: Weights, x: Tensor, name: str) -> Tensor:
+    return w.conv(w.conv_bn_relu(x, name + ".convs.0", padding=1), name + ".score")

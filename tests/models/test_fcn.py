@@ -4,8 +4,21 @@ import torch.nn.functional as F
 
 from fastseg import models
 from fastseg.models.common import BilinearUpsample2d
+from fastseg.models.fcn import fcn_resnet, fcn_skip_resnet
 
-from .reference import Weights, assert_same_network, vgg16, vgg_head
+from .reference import (
+    DEPTH,
+    SMALL_RESNET,
+    STRIDE_8,
+    STRIDE_32,
+    Weights,
+    assert_same_network,
+    fcn_head,
+    resnet,
+    up,
+    vgg16,
+    vgg_head,
+)
 
 
 def bilinear_deconv(x, stride):
@@ -65,6 +78,45 @@ def test_learned_upsampling(mode):
     w = None
     model = models.fcn8s_vgg16(**TINY, upsample=mode, upscore_bias=mode == "dense")
     assert_same_network(model, restatement, (1, 2, 33, 50))
+
+
+def test_torchvision_form():
+    def restatement(w, x):
+        _, _, c4, c5 = resnet(w, x, *STRIDE_8)
+        out, aux = fcn_head(w, c5, "classifier"), fcn_head(w, c4, "aux_classifier")
+        return {"out": up(out, x, False), "aux": up(aux, x, False)}
+
+    model = fcn_resnet(DEPTH, **SMALL_RESNET, aux=True)
+    assert_same_network(model, restatement, (2, 2, 64, 64), (1, 2, 33, 65))
+
+
+def test_mmsegmentation_form():
+    def restatement(w, x):
+        c5 = resnet(w, x, *STRIDE_8, deep=True)[-1]
+        y = w.conv_bn_relu(c5, "classifier.convs.0", padding=1)
+        y = w.conv_bn_relu(y, "classifier.convs.1", padding=1)
+        y = w.conv_bn_relu(torch.cat([c5, y], 1), "classifier.conv_cat", padding=1)
+        return {"out": up(w.conv(y, "classifier.score"), x, False)}
+
+    model = fcn_resnet(DEPTH, **SMALL_RESNET, variant="mmseg")
+    assert_same_network(model, restatement, (2, 2, 64, 64), (1, 2, 33, 65))
+
+
+def test_skips_on_resnet():
+    def restatement(w, x):
+        _, c3, c4, c5 = resnet(w, x, *STRIDE_32)
+        y = w.conv(c5, "head")
+        for i, (skip, size) in enumerate([(c4, 2), (c3, 2), (None, 8)]):
+            name = f"upscores.{i}" if skip is not None else "upscore"
+            weight = w[name + ".deconv.weight"]
+            y = F.conv_transpose2d(y, weight, stride=size, groups=3)
+            if skip is not None:
+                s = w.conv(skip, f"score_skips.{i}")
+                y = s + crop(y, 1, s)
+        return {"out": crop(y, 4, x)}
+
+    model = fcn_skip_resnet(DEPTH, 8, **SMALL_RESNET)
+    assert_same_network(model, restatement, (2, 2, 64, 64), (1, 2, 33, 65))
 
 
 def test_caffe_padding():
