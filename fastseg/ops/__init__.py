@@ -2,18 +2,40 @@
 
 from .conv_bn import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
 from .conv_engine import PackedConv, conv_engine, pack_conv
+from .dense_crf import (
+    PairwiseTerm,
+    bilateral_features,
+    dense_crf,
+    dense_crf_reference,
+    gaussian_features,
+    gaussian_lattice,
+)
 from .max_unpool import from_torch_indices, max_pool2d, max_unpool2d, to_torch_indices
+from .permutohedral import (
+    PermutohedralLattice,
+    permutohedral_filter,
+    permutohedral_filter_reference,
+)
 
 __all__ = [
     "PackedConv",
+    "PairwiseTerm",
+    "PermutohedralLattice",
+    "bilateral_features",
     "conv_act",
     "conv_bn_act",
     "conv_bn_act_reference",
     "conv_engine",
+    "dense_crf",
+    "dense_crf_reference",
     "fold_bn",
     "from_torch_indices",
+    "gaussian_features",
+    "gaussian_lattice",
     "max_pool2d",
     "max_unpool2d",
     "pack_conv",
+    "permutohedral_filter",
+    "permutohedral_filter_reference",
     "to_torch_indices",
 ]

@@ -1,0 +1,101 @@
+// Scratch memory that stays warm between calls: fresh pages cost more than the work on them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastseg {
+
+// Freed blocks, kept for reuse up to a total of kKept bytes.
+class WorkspacePool {
+ public:
+  static constexpr size_t kKept = size_t{256} << 20;
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static WorkspacePool& instance() {
+    static WorkspacePool* pool = new WorkspacePool;  // never destroyed: threads may outlive main
+    return *pool;
+  }
+
+  Block take(size_t bytes) {
+    bytes = (bytes + 4095) / 4096 * 4096;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      size_t best = free_.size();
+      for (size_t i = 0; i < free_.size(); ++i) {
+        if (free_[i].bytes >= bytes && free_[i].bytes <= 4 * bytes &&
+            (best == free_.size() || free_[i].bytes < free_[best].bytes)) {
+          best = i;
+        }
+      }
+      if (best < free_.size()) {
+        const Block block = free_[best];
+        free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
+        kept_ -= block.bytes;
+        return block;
+      }
+    }
+    const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    void* data = std::aligned_alloc(alignment, bytes);
+    if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return {data, bytes};
+  }
+
+  void give(Block block) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (kept_ + block.bytes <= kKept) {
+        kept_ += block.bytes;
+        free_.push_back(block);
+        return;
+      }
+    }
+    std::free(block.data);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  size_t kept_ = 0;
+};
+
+// An uninitialised array of `count` trivially copyable T from the pool, aligned to a page.
+template <typename T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t count)
+      : block_(WorkspacePool::instance().take(static_cast<size_t>(count) * sizeof(T) + 64)) {}
+  ~Workspace() {
+    if (block_.data != nullptr) WorkspacePool::instance().give(block_);
+  }
+  Workspace(Workspace&& other) noexcept : block_(std::exchange(other.block_, {nullptr, 0})) {}
+  Workspace& operator=(Workspace&& other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
+  }
+  T* data() const { return static_cast<T*>(block_.data); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  WorkspacePool::Block block_;
+};
+
+}  // namespace fastseg
