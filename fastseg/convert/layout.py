@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-# A source name (regular expression), our name for it (None: not needed), a change of the tensor.
+from .files import unwrap
+
+# A source name (regular expression), our name for it (a template or a function of the match; None:
+# not needed), a change of the tensor.
+Target = str | Callable[[re.Match[str]], str] | None
 Change = Callable[[Tensor], Tensor]
-Rule = tuple[str, str | None] | tuple[str, str | None, Change]
+Rule = tuple[str, Target] | tuple[str, Target, Change]
+RGB = tuple[float, float, float]
 
 # Convolutions that see the image, in any of our networks.
 IMAGE_CONVS = re.compile(
     r"backbone\.stages\.0\.conv1_1(\.conv)?\.weight|backbone\.stem\.0\.conv\.weight|"
-    r"branches\.0\.conv\.weight|encoder\.0\.conv1(\.conv)?\.weight"
+    r"branches\.0\.conv\.weight|encoder\.0\.0(\.conv)?\.weight"
 )
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -27,12 +33,10 @@ class Converted:
     Attributes:
         tensors: our names to tensors.
         sources: our names to the names in the source.
-        unused: source names that our networks have no use for.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Layout:
     rules: tuple[Rule, ...]
     bgr: bool = False
     trunk: bool = False
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
 
     def matches(self, names: Iterable[str]) -> bool:
         names = list(names)
@@ -82,7 +86,6 @@ class Layout:
                 continue
             ours, change = found
             if ours is None:
-                result.unused.append(name)
                 continue
             if change is not None:
                 tensor = change(tensor)
@@ -100,5 +103,30 @@ class Layout:
         """Our name for a source's (None: not needed) and the change; None where no rule applies."""
         for pattern, target, *change in self.rules:
             if found := re.fullmatch(pattern, name):
-                return target and found.expand(target), change[0] if change else None
+                ours = target(found) if callable(target) else target and found.expand(target)
+                return ours, change[0] if change else None
         return None
+
+
+def choose(layouts: Sequence[Layout], state_dict: Mapping[str, Tensor]) -> Layout:
+    """The first of these layouts that a state dict has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for layout in layouts:
+        if layout.matches(state_dict):
+            return layout
+    some = ", ".join(list(state_dict)[:8])
+    raise ValueError(
+        f"convert: no known layout has the names {some}{' ...' if len(state_dict) > 8 else ''}; "
+        f"the layouts are {', '.join(layout.name for layout in layouts)}"
+    )
+
+
+def renamed(
+    layouts: Sequence[Layout], state_dict: Mapping[str, Any], bgr: bool | None = None
+) -> dict[str, Tensor]:
+    """A state dict of one of these layouts, or a checkpoint that contains it, under our names."""
+    tensors = unwrap(state_dict)
+    return choose(layouts, tensors).convert(tensors, bgr).tensors

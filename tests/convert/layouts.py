@@ -71,3 +71,51 @@ def caffe_vgg(w: Source, x: Tensor, width: int, *, first=1, padding=1, dilation5
 
 def pool(k: int, stride: int, padding: int = 0):
     return lambda x: F.max_pool2d(x, k, stride, padding, ceil_mode=True)
+
+
+BLOCKS = (1, 1, 2, 2)  # per stage of the small ResNets
+RATES = {  # stage -> (stride, dilation of its first block, of the others), at output stride 8
+    "contract": ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4)),
+    "full": ((1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 4, 4)),
+}
+
+
+def resnet(
+    w: Source, x: Tensor, width: int, prefix: str, stem, *, dilation: str, stages=4
+) -> list[Tensor]:
+    """ResNet under torchvision's block names at output stride 8, the stride on the 3x3.
+
+    `stem` lists its layers: names of convolution and batch norm, channels, kernel, stride.
+    """
+    for conv, bn, channels, k, stride in stem:
+        x = w.conv_bn_relu(x, conv, bn, channels, k, stride=stride, padding=k // 2)
+    x = F.max_pool2d(x, 3, 2, 1)
+    maps = []
+    for s, (stride, first, other) in enumerate(RATES[dilation][:stages]):
+        inner = width * 2**s
+        for b in range(BLOCKS[s]):
+            name, d = f"{prefix}layer{s + 1}.{b}.", other if b else first
+            step = 1 if b else stride
+            y = w.conv_bn_relu(x, name + "conv1", name + "bn1", inner, 1)
+            y = w.conv_bn_relu(
+                y, name + "conv2", name + "bn2", inner, 3, stride=step, padding=d, dilation=d
+            )
+            y = w.bn(w.conv(y, name + "conv3", 4 * inner, 1, bias=False), name + "bn3")
+            if b == 0:
+                x = w.conv(x, name + "downsample.0", 4 * inner, 1, bias=False, stride=step)
+                x = w.bn(x, name + "downsample.1")
+            x = F.relu(x + y)
+        maps.append(x)
+    return maps
+
+
+def torchvision_aspp(w: Source, x: Tensor, name: str, channels: int) -> Tensor:
+    """The 1x1 branch, rates 12, 24 and 36, image pooling, projection."""
+    maps = [w.conv_bn_relu(x, f"{name}.convs.0.0", f"{name}.convs.0.1", channels, 1)]
+    for i, r in ((1, 12), (2, 24), (3, 36)):
+        conv, bn = f"{name}.convs.{i}.0", f"{name}.convs.{i}.1"
+        maps.append(w.conv_bn_relu(x, conv, bn, channels, 3, padding=r, dilation=r))
+    mean = F.adaptive_avg_pool2d(x, 1)
+    mean = w.conv_bn_relu(mean, f"{name}.convs.4.1", f"{name}.convs.4.2", channels, 1)
+    maps.append(resize(mean, x, False))
+    return w.conv_bn_relu(torch.cat(maps, 1), f"{name}.project.0", f"{name}.project.1", channels, 1)

@@ -97,8 +97,8 @@ CASES = {
         models.fcn8s_vgg16,
         {"padding": "caffe", "upsample": "dense"},
     ),
-    "largefov": (deeplabv1, "deeplab_caffe", models.deeplabv1_largefov_vgg16, {}),
-    "deeplabv2": (deeplabv2, "deeplabv2_vgg_caffe", models.deeplabv2_vgg16, {}),
+    "largefov": (deeplabv1, "deeplabv1_caffe", models.deeplabv1_largefov_vgg16, {}),
+    "deeplabv2": (deeplabv2, "deeplabv2_caffe", models.deeplabv2_vgg16, {}),
 }
 
 

@@ -31,9 +31,9 @@ def test_files(tmp_path, suffix):
     assert convert.read(path).keys() == source.keys()
     model = models.deeplabv1_largefov_vgg16(**TINY)
     report = convert.load(str(path), model)
-    assert report.layout == "deeplab_caffe"
+    assert report.layout == "deeplabv1_caffe"
     assert torch.equal(model.head.fc7.weight, source["fc7.weight"])
-    assert str(report) == f"deeplab_caffe: {len(source)} tensors loaded"
+    assert str(report) == f"deeplabv1_caffe: {len(source)} tensors loaded"
 
 
 class Payload:
@@ -79,7 +79,7 @@ def test_our_own_checkpoints():
 def test_every_problem_is_named():
     source = deeplab_source()
     source["conv9_9.weight"] = source["fc10.bias"] = torch.ones(1)
-    with pytest.raises(ValueError, match=r"layout deeplab_caffe .* got also conv9_9\.weight, fc10"):
+    with pytest.raises(ValueError, match=r"deeplabv1_caffe .* got also conv9_9\.weight, fc10"):
         convert.caffe(source)
 
     source = deeplab_source()
@@ -98,11 +98,11 @@ def test_every_problem_is_named():
 
     with pytest.raises(ValueError, match=r"not in the network: .*head\.fc6\.weight \(fc6"):
         convert.load(deeplab_source(), models.deeplabv2_vgg16(**TINY))
-    with pytest.raises(ValueError, match="no known layout has these names: a, b; the layouts are"):
+    with pytest.raises(ValueError, match="no known layout has the names a, b; the layouts are"):
         convert.load({"a": torch.ones(1), "b": torch.ones(1)}, model)
     with pytest.raises(ValueError, match=r"layout must be one of .* got 'keras'"):
         convert.load(source, model, layout="keras")
-    with pytest.raises(ValueError, match=r"must have one of the layouts .* got deeplab_caffe"):
+    with pytest.raises(ValueError, match=r"conv1_1\.weight, .* \.\.\.; the layouts are torch"):
         convert.torchvision(deeplab_source())
 
 

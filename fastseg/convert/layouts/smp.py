@@ -1,0 +1,43 @@
+"""segmentation-models-pytorch: DeepLab v3 on ResNet, and the ResNet of its U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..layout import Layout, Rule, renamed
+from .rules import aspp, conv_bn, resnet, stem
+
+TRUNK = (*stem((r"encoder\.conv1", r"encoder\.bn1")), *resnet(r"encoder\."))
+SCORE: Rule = (r"segmentation_head\.0\.(\w+)", r"classifier.score.\1")
+DEEPLABV3 = Layout(
+    "smp_deeplabv3",
+    "DeepLab v3 on ResNet of segmentation-models-pytorch",
+    marks=(r"encoder\.conv1\.weight", r"decoder\.(aspp|0)\.project\.0\.weight"),
+    rules=(
+        *TRUNK,
+        *aspp(r"decoder\.(?:aspp|0)"),
+        *conv_bn("decoder", "classifier.refine", r"\.(?:conv|1)", r"\.(?:bn|2)"),
+        SCORE,
+    ),
+)
+UNET = Layout(
+    "smp_unet",
+    "ResNet of a U-Net of segmentation-models-pytorch",
+    marks=(r"encoder\.conv1\.weight", r"decoder\.blocks\.0\.conv1\.0\.weight"),
+    rules=(*TRUNK, (r"decoder\.blocks\..*", None), (r"segmentation_head\..*", None)),
+    trunk=True,
+)
+LAYOUTS = (DEEPLABV3, UNET)
+
+
+def smp(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """segmentation-models-pytorch's DeepLab v3, or the ResNet of its U-Net, under our names.
+
+    DeepLab v3 is our ``deeplabv3_resnet50(variant="smp")`` or 101. The decoder of that library's
+    U-Net is not the paper's (no transposed convolutions, other widths): only its ResNet results.
+    Arguments and errors as :func:`fastseg.convert.torchvision`.
+    """
+    return renamed(LAYOUTS, state_dict)
