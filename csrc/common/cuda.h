@@ -14,9 +14,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #if !defined(FASTSEG_EMULATE)
@@ -32,18 +34,107 @@ constexpr __host__ __device__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// The grid size for `work` items at `per_block` each, for kernels that loop over what is left.
-inline unsigned grid_size(int64_t work, int64_t per_block, int64_t most = 1 << 20) {
-  const int64_t blocks = ceil_div(work, per_block);
-  return static_cast<unsigned>(blocks < most ? blocks : most);
+#if defined(FASTSEG_EMULATE)
+using emulation::load_word;
+using emulation::store_word;
+#else
+template <typename W>
+__device__ __forceinline__ W load_word(const W* address) {
+  return *address;
+}
+template <typename W>
+__device__ __forceinline__ void store_word(W* address, W word) {
+  *address = word;
+}
+#endif
+
+// kCount neighbours of T moved together, by the widest accesses that fit (128 bits at most). The
+// address must be a multiple of kCount * sizeof(T) bytes, or of 16 where that is less.
+template <size_t kBytes>
+using Word = std::conditional_t<
+    kBytes % 16 == 0, uint4,
+    std::conditional_t<kBytes == 8, uint2,
+                       std::conditional_t<kBytes == 4, uint32_t,
+                                          std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
+
+template <typename T, int kCount>
+__device__ __forceinline__ void load_vector(const T* from, T (&to)[kCount]) {
+  using W = Word<kCount * sizeof(T)>;
+  static_assert(kCount * sizeof(T) % sizeof(W) == 0);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(kCount * sizeof(T) / sizeof(W)); ++i) {
+    const W word = load_word(reinterpret_cast<const W*>(from) + i);
+    memcpy(reinterpret_cast<char*>(to) + i * sizeof(W), &word, sizeof(W));
+  }
 }
 
-// Sixteen bytes of T, moved by one instruction.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T value[kSize];
+template <typename T, int kCount>
+__device__ __forceinline__ void store_vector(T* to, const T (&from)[kCount]) {
+  using W = Word<kCount * sizeof(T)>;
+  static_assert(kCount * sizeof(T) % sizeof(W) == 0);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(kCount * sizeof(T) / sizeof(W)); ++i) {
+    W word;
+    memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(W), sizeof(W));
+    store_word(reinterpret_cast<W*>(to) + i, word);
+  }
+}
+
+// The same where only the first `count` of them exist (all do if `whole`), at any address unless
+// `whole`. Elements that do not exist load as 0.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_vector(const T* from, int count, bool whole, T (&to)[kCount]) {
+  if (whole) return load_vector(from, to);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = i < count ? from[i] : T(0);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_vector(T* to, int count, bool whole,
+                                             const T (&from)[kCount]) {
+  if (whole) return store_vector(to, from);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) to[i] = from[i];
+  }
+}
+
+// Whether all of these may be accessed in 16-byte words.
+template <typename... T>
+bool aligned_16(const T*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Work in `outers` x `rows` x `items`: images (or planes), rows of one, what a row holds. The grid
+// covers it without a division; for_each_in_rows loops over what exceeds the grid's limits.
+struct RowGrid {
+  dim3 grid, block;
+  RowGrid(int64_t outers, int64_t rows, int64_t items) {
+    constexpr unsigned kThreads = 256;
+    unsigned width = 32;
+    while (width < kThreads && width < items) width *= 2;
+    const auto blocks = [](int64_t work, unsigned each, int64_t most) {
+      const int64_t count = ceil_div<int64_t>(work, each);
+      return static_cast<unsigned>(count < most ? count : most);
+    };
+    block = dim3(width, kThreads / width);
+    grid = dim3(blocks(items, width, 0x7fffffff), blocks(rows, block.y, 65535),
+                blocks(outers, 1, 65535));
+  }
 };
+
+template <typename Fn>
+__device__ __forceinline__ void for_each_in_rows(int64_t outers, int rows, int items, Fn&& fn) {
+  for (int64_t outer = blockIdx.z; outer < outers; outer += gridDim.z) {
+    for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < rows;
+         row += gridDim.y * blockDim.y) {
+      for (int64_t item = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; item < items;
+           item += int64_t{gridDim.x} * blockDim.x) {
+        fn(outer, row, static_cast<int>(item));
+      }
+    }
+  }
+}
 
 #if defined(FASTSEG_EMULATE)
 
@@ -59,18 +150,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             Args&&... args) {
   const std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(args)...);
   emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
-}
-
-template <typename T>
-Pack<T> load_128(const T* address) {
-  emulation::count_access(address);
-  return *reinterpret_cast<const Pack<T>*>(address);
-}
-
-template <typename T>
-void store_128(T* address, const Pack<T>& pack) {
-  emulation::count_access(address);
-  *reinterpret_cast<Pack<T>*>(address) = pack;
 }
 
 #define FASTSEG_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastseg_emulated, CPU, m)
@@ -114,16 +193,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch");
-}
-
-template <typename T>
-__device__ __forceinline__ Pack<T> load_128(const T* address) {
-  return *reinterpret_cast<const Pack<T>*>(address);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_128(T* address, const Pack<T>& pack) {
-  *reinterpret_cast<Pack<T>*>(address) = pack;
 }
 
 #define FASTSEG_SHARED(T, name, count) __shared__ T name[count]

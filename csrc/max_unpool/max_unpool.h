@@ -43,6 +43,16 @@ struct WindowAxis {
   }
 };
 
+// The taps [first, end) of a window that lie inside the image, along one axis.
+struct Taps {
+  int first, end;
+  FASTSEG_HOST_DEVICE int count() const { return end - first; }
+};
+FASTSEG_HOST_DEVICE inline Taps taps_inside(const WindowAxis& axis, int window) {
+  const int start = axis.start(window), room = axis.size - start;
+  return {start < 0 ? -start : 0, room < axis.kernel ? room : axis.kernel};
+}
+
 // What happens to a pixel in the reach of several windows.
 enum class Meet {
   kNever,  // there is none
@@ -56,7 +66,7 @@ struct Pool2d {
   bool packed;
   MemoryFormat layout;
 
-  bool channels_last() const { return layout == MemoryFormat::ChannelsLast; }
+  FASTSEG_HOST_DEVICE bool channels_last() const { return layout == MemoryFormat::ChannelsLast; }
   bool overlap() const { return rows.kernel > rows.stride || cols.kernel > cols.stride; }
   // 2x2 windows with stride 2 and no padding: the case with kernels of its own.
   bool is_2x2() const {
@@ -66,8 +76,22 @@ struct Pool2d {
     return two(rows) && two(cols);
   }
   // Channels of the index tensor.
-  int64_t index_channels() const { return packed ? (C + 3) / 4 : C; }
+  FASTSEG_HOST_DEVICE int64_t index_channels() const { return packed ? (C + 3) / 4 : C; }
 };
+
+// Whether a window after (oh, ow), in row-major order, names the same pixel. code(oh, ow) is the
+// index of a window of this channel.
+template <typename Code>
+FASTSEG_HOST_DEVICE inline bool is_overwritten(const Pool2d& p, const Code& code, int oh, int ow) {
+  const int ih = p.rows.start(oh) + code(oh, ow) / p.cols.kernel;
+  const int iw = p.cols.start(ow) + code(oh, ow) % p.cols.kernel;
+  for (int a = oh; a <= p.rows.last(ih); ++a) {
+    for (int b = a == oh ? ow + 1 : p.cols.first(iw); b <= p.cols.last(iw); ++b) {
+      if (code(a, b) == (ih - p.rows.start(a)) * p.cols.kernel + iw - p.cols.start(b)) return true;
+    }
+  }
+  return false;
+}
 
 using IntPair = std::vector<int64_t>;  // (height, width)
 

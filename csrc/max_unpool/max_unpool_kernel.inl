@@ -51,15 +51,6 @@ inline void unpack_channels(const uint8_t* __restrict__ bytes, uint8_t* __restri
   }
 }
 
-// The taps [first, end) of a window that lie inside the image, along one axis.
-struct Taps {
-  int first, end;
-};
-inline Taps taps_inside(const WindowAxis& axis, int window) {
-  const int start = axis.start(window), room = axis.size - start;
-  return {start < 0 ? -start : 0, room < axis.kernel ? room : axis.kernel};
-}
-
 // ---- max_pool2d ---------------------------------------------------------------------------------
 
 // One whole window of all channels, its size known to the compiler: the running best stays in
@@ -349,20 +340,6 @@ void by_index_row_2x2(const T* __restrict__ top, const T* __restrict__ bottom, i
   }
 }
 
-// Whether a window after (oh, ow), in row-major order, names the same pixel. `codes` are those of
-// one channel, `step` apart.
-inline bool is_overwritten(const Pool2d& p, const uint8_t* codes, int64_t step, int oh, int ow) {
-  const auto code = [&](int a, int b) { return codes[(int64_t{a} * p.cols.count + b) * step]; };
-  const int ih = p.rows.start(oh) + code(oh, ow) / p.cols.kernel;
-  const int iw = p.cols.start(ow) + code(oh, ow) % p.cols.kernel;
-  for (int a = oh; a <= p.rows.last(ih); ++a) {
-    for (int b = a == oh ? ow + 1 : p.cols.first(iw); b <= p.cols.last(iw); ++b) {
-      if (code(a, b) == (ih - p.rows.start(a)) * p.cols.kernel + iw - p.cols.start(b)) return true;
-    }
-  }
-  return false;
-}
-
 // One row of windows of one plane, any windows.
 template <typename T>
 void by_index_row(const Pool2d& p, const T* plane, int oh, const uint8_t* codes, T* y) {
@@ -418,7 +395,8 @@ void by_index_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* y, bo
     if (last_only && p.overlap()) {
       const uint8_t* codes = indices + outer * h * w * C;
       for (int64_t i = 0; i < w * C; ++i) {
-        if (is_overwritten(p, codes + i % C, C, oh, static_cast<int>(i / C))) target[i] = T(0);
+        const auto code = [&](int a, int b) { return codes[(a * w + b) * C + i % C]; };
+        if (is_overwritten(p, code, oh, static_cast<int>(i / C))) target[i] = T(0);
       }
     }
   }

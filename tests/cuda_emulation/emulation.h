@@ -78,7 +78,7 @@ struct Counters {
 };
 extern Counters counters;                       // updated with relaxed atomics
 void count(uint64_t& counter, uint64_t n = 1);  // counters.mma etc.
-void count_access(const void* address);         // one lane's part of a 128-bit global access
+void count_access(const void* address);         // one lane's part of a 128-bit access
 
 // Stops the whole launch: the launcher throws std::runtime_error with block and thread named.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -162,6 +162,26 @@ T atomic_update(T* address, F change) {
       return old;
     }
   }
+}
+
+// One access of 1 to 16 bytes, whose address must be a multiple of its size.
+template <typename W>
+void check_access(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(W) != 0) {
+    fail("access of %d bytes at %p, which is not a multiple of it", static_cast<int>(sizeof(W)),
+         address);
+  }
+  if (sizeof(W) == 16) count_access(address);
+}
+template <typename W>
+W load_word(const W* address) {
+  check_access<W>(address);
+  return *address;
+}
+template <typename W>
+void store_word(W* address, W word) {
+  check_access<W>(address);
+  *address = word;
 }
 
 }  // namespace emulation

@@ -447,9 +447,6 @@ void release(const void* object) {
 void count(uint64_t& counter, uint64_t n) { __atomic_fetch_add(&counter, n, __ATOMIC_RELAXED); }
 
 void count_access(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    fail("128-bit access at an address that is not a multiple of 16: %p", address);
-  }
   if (!counting_accesses) return;
   Block& block = *current->block;
   Warp& warp = block.warps[current->warp];

@@ -1,0 +1,132 @@
+"""Builds the library with its CUDA kernels for sm_80 and sm_90a and checks what ptxas made of them.
+
+    python tests/check_cuda_build.py [--update]
+
+No kernel may spill registers, and none may use more registers or static shared memory than
+tests/cuda_kernels.txt allows; --update writes that table anew. The library must then load in this
+torch, with or without CUDA, and register each CUDA kernel. Needs nvcc, no GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tests" / "cuda_kernels.txt"
+ARCHS = "80;90a"
+
+# name of one kernel on one architecture -> (registers, bytes of static shared memory, barriers)
+Usage = dict[str, tuple[int, int, int]]
+
+
+def compile_library(target: Path) -> str:
+    """Builds into `target`; returns what the compilers printed."""
+    environment = {
+        **os.environ,
+        "FASTSEG_CUDA": "1",
+        "FASTSEG_CUDA_ARCHS": ARCHS,
+        "NVCC_APPEND_FLAGS": "-Xptxas -v",
+    }
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(target), "--build-temp", str(target / "temp")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stdout + done.stderr)
+    return done.stdout + done.stderr
+
+
+def parse(log: str) -> tuple[Usage, list[str]]:
+    """The usage of each kernel and the kernels that spill."""
+    usage: Usage = {}
+    spills = []
+    name = ""
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            name = f"{found[2]} {found[1]}"
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if name and (int(found[1]) or int(found[2])):
+                spills.append(name)
+        elif found := re.search(r"Used (\d+) registers", line):
+            barriers = re.search(r"used (\d+) barriers", line)
+            shared = re.search(r"(\d+) bytes smem", line)
+            usage[name] = (
+                int(found[1]),
+                int(shared[1]) if shared else 0,
+                int(barriers[1]) if barriers else 0,
+            )
+            name = ""
+    return usage, spills
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Readable names without return type, parameters and the namespaces that all share."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    readable = []
+    for line in done.stdout.splitlines():
+        arch, _, name = line.partition(" ")
+        name = name.replace("fastseg::(anonymous namespace)::", "").replace("fastseg::", "")
+        name = name.removeprefix("void ").replace("torch::headeronly::", "").replace("c10::", "")
+        depth = 0  # cut the parameter list: the first "(" outside template brackets
+        for i, c in enumerate(name):
+            depth += (c == "<") - (c == ">")
+            if c == "(" and depth == 0:
+                name = name[:i]
+                break
+        readable.append(f"{arch} {name}")
+    return readable
+
+
+def read_table() -> Usage:
+    table: Usage = {}
+    for line in TABLE.read_text().splitlines():
+        if line and not line.startswith("#"):
+            registers, shared, barriers, name = line.split(maxsplit=3)
+            table[name] = (int(registers), int(shared), int(barriers))
+    return table
+
+
+def nvcc_version() -> str:
+    done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True)
+    return re.search(r"release [\d.]+, V([\d.]+)", done.stdout)[1]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder)
+        raw, spills = parse(compile_library(target))
+        names = dict(zip(raw, demangle(list(raw)), strict=True))
+        usage = {names[name]: value for name, value in raw.items()}
+        if spills:
+            sys.exit("kernels that spill registers:\n" + "\n".join(names[s] for s in spills))
+        if "--update" in sys.argv:
+            head = f"# nvcc {nvcc_version()}: registers, static shared memory, barriers, kernel\n"
+            rows = [f"{r:4d} {s:6d} {b:2d}  {n}" for n, (r, s, b) in sorted(usage.items())]
+            TABLE.write_text(head + "\n".join(rows) + "\n")
+            print(f"wrote {len(rows)} kernels")
+        table = read_table()
+        wrong = [f"not in the table: {name}" for name in sorted(usage.keys() - table.keys())]
+        wrong += [f"no longer compiled: {name}" for name in sorted(table.keys() - usage.keys())]
+        if nvcc_version() in TABLE.read_text().splitlines()[0]:  # other compilers, other numbers
+            wrong += [
+                f"{name}: (registers, shared bytes, barriers) {usage[name]}, allowed {table[name]}"
+                for name in sorted(usage.keys() & table.keys())
+                if any(a > b for a, b in zip(usage[name], table[name], strict=True))
+            ]
+        if wrong:
+            sys.exit("\n".join(wrong) + "\nIf this is meant: tests/check_cuda_build.py --update")
+        check = (
+            "import torch; torch.ops.load_library(__import__('sys').argv[1]);"
+            "d = torch._C._dispatch_get_registrations_for_dispatch_key;"
+            "cpu, cuda = ({n for n in d(k) if n.startswith('fastseg::')} for k in ('CPU', 'CUDA'));"
+            "print(len(cuda), 'of', len(cpu), 'ops have CUDA kernels; without:', *sorted(cpu-cuda))"
+        )
+        library = next(target.glob("fastseg/_C*.so"))
+        subprocess.run([sys.executable, "-c", check, str(library)], check=True)
+        print(f"{len(usage)} kernels, none spills")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Every code path of the CUDA kernels, emulated on small shapes, against the CPU kernels; with
+other orders of the threads, and (slow) under AddressSanitizer, UBSan and ThreadSanitizer.
+
+The tests of the ops run on the emulated kernels as well: ``pytest --emulate tests/ops``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from . import build
+
+pytestmark = pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
+
+CPU, LAST = torch.contiguous_format, torch.channels_last
+
+
+def image(*shape, dtype=torch.float32, layout=CPU):
+    """Few distinct values, so that ties are common."""
+    x = torch.randint(-4, 5, shape).to(dtype)
+    return x.contiguous(memory_format=layout)
+
+
+def pooling(ops, shape, dtype, layout, window, packed=False):
+    """Pool, unpool with both meeting rules, pool by index: all that depends on one geometry."""
+    x = image(*shape, dtype=dtype, layout=layout)
+    size, stride, padding = [[a, a] for a in window]
+    y, indices = ops.max_pool2d(x, size, stride, padding, True, packed)
+    results = [y, indices]
+    for flag in (False, True):
+        results += [
+            ops.max_unpool2d(y, indices, size, stride, padding, shape[2:], flag),
+            ops.max_pool2d_by_index(x, indices, size, stride, padding, flag),
+        ]
+    return results
+
+
+def training(ops, channels, layout, dtype, residual, slope=0.0):
+    """Forward and backward of the fused pass after a convolution."""
+    x = torch.randn(2, 5, 9, 8).to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(channels, 5, 1, 1).to(dtype)
+    scale, shift = torch.randn(2, channels)
+    r = torch.randn(2, channels, 9, 8).to(dtype) if residual else None
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    z, y, mean, var = ops.conv_bn_act(x, weight, None, scale, shift, r, *geometry, 1e-5, slope)
+    dz = torch.randn(z.shape).to(dtype)
+    grads = ops.bn_act_backward(dz, y, mean, var, scale, shift, r, 1e-5, slope)
+    return [z, mean, var, *grads, ops.conv_act(x, weight, scale.to(dtype), r, *geometry, slope)]
+
+
+CASES = {
+    "pool 2x2 nhwc": lambda ops: pooling(ops, (2, 16, 6, 8), torch.float16, LAST, (2, 2, 0)),
+    "pool 2x2 nhwc packed": lambda ops: pooling(
+        ops, (2, 16, 7, 5), torch.bfloat16, LAST, (2, 2, 0), True
+    ),
+    "pool 2x2 nhwc ragged": lambda ops: pooling(
+        ops, (1, 13, 7, 5), torch.float32, LAST, (2, 2, 0), True
+    ),
+    "pool 2x2 nchw": lambda ops: pooling(ops, (2, 3, 6, 16), torch.float16, CPU, (2, 2, 0)),
+    "pool 2x2 nchw packed": lambda ops: pooling(
+        ops, (1, 6, 4, 16), torch.float32, CPU, (2, 2, 0), True
+    ),
+    "pool 2x2 nchw ragged": lambda ops: pooling(
+        ops, (1, 6, 5, 11), torch.float64, CPU, (2, 2, 0), True
+    ),
+    "pool 3x3 nhwc": lambda ops: pooling(ops, (2, 8, 9, 7), torch.float16, LAST, (3, 2, 1)),
+    "pool 3x3 nchw": lambda ops: pooling(ops, (2, 3, 9, 7), torch.bfloat16, CPU, (3, 2, 1)),
+    "pool 5x5 nhwc": lambda ops: pooling(ops, (1, 9, 8, 9), torch.float32, LAST, (5, 3, 2)),
+    "batch norm nhwc": lambda ops: training(ops, 16, LAST, torch.float32, True),
+    "batch norm nhwc ragged": lambda ops: training(ops, 11, LAST, torch.float16, False, 0.1),
+    "batch norm nchw": lambda ops: training(ops, 3, CPU, torch.bfloat16, True, 0.1),
+    "batch norm nchw double": lambda ops: training(ops, 4, CPU, torch.float64, False, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_emulated_equals_cpu(case):
+    torch.set_num_threads(1)  # under a sanitizer, torch's own threads would be reported
+    emulator = build.emulated_library()
+    for seed in range(3):
+        emulator.seed(seed)
+        results = []
+        for ops in (torch.ops.fastseg, torch.ops.fastseg_emulated):
+            torch.manual_seed(seed)
+            results.append(CASES[case](ops))
+        emulator.seed(0)
+        for expected, got in zip(*results, strict=True):
+            assert got.stride() == expected.stride()
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FASTSEG_SANITIZE" in os.environ, reason="runs inside itself")
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizer_finds_nothing(sanitizer):
+    environment = {**os.environ, **build.preload(sanitizer), "FASTSEG_SANITIZE": sanitizer}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
+    command += [__file__ + "::test_emulated_equals_cpu"]
+    done = subprocess.run(
+        command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
