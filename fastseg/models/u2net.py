@@ -46,9 +46,7 @@ def _pool(x: Tensor) -> Tensor:
 
 def _join(x: Tensor, skip: Tensor) -> Tensor:
     """The channels of ``x``, resized to ``skip``, and those of ``skip``."""
-    if x.shape[-2:] != skip.shape[-2:]:
-        x = resize(x, skip.shape[-2:], align_corners=False)
-    return torch.cat([x, skip], 1)
+    return torch.cat([resize(x, skip.shape[-2:], align_corners=False), skip], 1)
 
 
 class RSU(nn.Module):
@@ -89,9 +87,11 @@ class RSU(nn.Module):
         for conv in self.encoder:
             y = conv(_pool(y) if self.pools and skips else y)
             skips.append(y)
-        y = self.bottom(y)
-        for conv in self.decoder:
-            y = conv(_join(y, skips.pop()))
+        first, *others = self.decoder
+        y = first(torch.cat([self.bottom(y), skips.pop()], 1))
+        for conv in others:
+            skip = skips.pop()
+            y = conv(_join(y, skip) if self.pools else torch.cat([y, skip], 1))
         return y + x
 
 
@@ -131,8 +131,8 @@ class U2Net(SegmentationModel):
         self.fuse = nn.Conv2d(len(levels_up) * num_classes, num_classes, 1)
 
     def scores(self, x: Tensor) -> dict[str, Tensor]:
-        """ "out": the fused logits; "side1" to "side6": those of each level, from 1 to 1/32, which
-        training supervises as well."""
+        """Logits: fused under "out", and those of each level, from 1 to 1/32, under "side1" to
+        "side6", which training supervises as well."""
         skips: list[Tensor] = []
         for stage in self.encoder:
             x = stage(_pool(x) if skips else x)
