@@ -3,6 +3,7 @@
 import typer
 
 from fastseg.cli.info import info
+from fastseg.cli.segment import segment
 
 app = typer.Typer(
     name="fastseg",
@@ -19,4 +20,5 @@ def _root() -> None:
     """Keeps ``fastseg NAME`` a subcommand however few there are."""
 
 
+app.command()(segment)
 app.command()(info)

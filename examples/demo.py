@@ -1,0 +1,92 @@
+"""The main job on real photographs, and the network against the same network in stock PyTorch.
+
+Segments the pictures beside this file with U2-Net-p and writes masks, overlays and
+comparisons to out/demo/. Then times the network alone: same weights,
+same input, both in turn in one run.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.image import read_image
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "out" / "demo"
+PHOTOS = sorted(HERE.glob("*.jpg"))
+SECONDS = 6.0  # of timing, at most
+
+
+def stock(model: nn.Module) -> nn.Module:
+    """The same network with torch.nn's convolution, batch norm and ReLU."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, fastseg.nn.ConvBNReLU2d):
+                setattr(module, name, nn.Sequential(child.conv, child.bn, nn.ReLU(inplace=True)))
+    return model
+
+
+@torch.inference_mode()
+def interleaved(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, called in turn so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 4:
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}  # the first warms up
+
+
+def segment_photos(predictor: fastseg.Predictor) -> None:
+    for photo in PHOTOS:
+        r = predictor(photo)
+        r.save(OUT, photo.stem, ("mask", "overlay", "compare"))
+        height, width = r.mask.shape
+        stages = ", ".join(f"{stage} {1000 * t:.0f}" for stage, t in r.timings.items())
+        found = r.shares.get("object", 0.0)
+        print(
+            f"{photo.name:<14} {width}x{height}  object {found:6.1%} of the picture  (ms: {stages})"
+        )
+
+
+def compare_networks(predictor: fastseg.Predictor) -> None:
+    photo = Tensor(read_image(PHOTOS[0])).permute(2, 0, 1)[None] / 255
+    x = nn.functional.interpolate(photo, predictor.card.size, mode="bilinear", antialias=True)
+    x = x.to(predictor.device)
+    network = fastseg.models.u2netp(weights="shipped").eval().to(predictor.device)
+    plain, fast = stock(network), fastseg.optimize(network)
+    variants = {
+        "stock PyTorch": lambda: plain(x)["out"],
+        "fastseg": lambda: fast(x)["out"],
+    }
+    with torch.inference_mode():
+        a, b = (call().sigmoid() for call in variants.values())
+    seconds = interleaved(variants)
+    slow, fast = seconds.values()
+    print(
+        f"\nU2-Net-p on {tuple(x.shape)} float32, {predictor.device.type}, "
+        f"{torch.get_num_threads()} threads, median of interleaved runs\n"
+        f"  stock PyTorch {torch.__version__:<14} {1000 * slow:8.1f} ms\n"
+        f"  fastseg {fastseg.__version__:<20} {1000 * fast:8.1f} ms   {slow / fast:.2f}x\n"
+        f"  largest difference of the probabilities  {(a - b).abs().max():.1e}"
+    )
+
+
+def main() -> None:
+    predictor = fastseg.Predictor("u2netp")
+    segment_photos(predictor)
+    compare_networks(predictor)
+    print(f"\npictures: {OUT}")
+
+
+if __name__ == "__main__":
+    main()
