@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -60,6 +61,9 @@ def register(
 ) -> Callable[[Builder], Builder]:
     """Decorator that enters a builder under its function's name.
 
+    A builder without an argument ``weights`` gets one: a file or a state dict, of ours or of a
+    layout that :func:`fastseg.convert.load` knows, which also fills a trunk alone.
+
     ``family`` is the function that a builder with ``**options`` passes them on to; what the builder
     itself decides is positional-only there.
     """
@@ -69,12 +73,35 @@ def register(
         if family is not None:
             options |= inspect.signature(family).parameters
         skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-        names = tuple(n for n, p in options.items() if p.kind not in skipped)
+        names = [n for n, p in options.items() if p.kind not in skipped]
+        if "weights" not in names:
+            build = _with_weights(build)
+            names.append("weights")
         name = build.__name__
-        _MODELS[name] = ModelInfo(name, build, paper, stride, voc2012, conditions, names)
+        _MODELS[name] = ModelInfo(name, build, paper, stride, voc2012, conditions, tuple(names))
         return build
 
     return enter
+
+
+def _with_weights(build: Builder) -> Builder:
+    """The builder with one more argument, ``weights``: what :func:`fastseg.convert.load` takes."""
+
+    @functools.wraps(build)
+    def builder(*args: Any, weights: Any = None, **options: Any) -> nn.Module:
+        model = build(*args, **options)
+        if weights is not None:
+            from ..convert import load  # which knows the networks
+
+            load(weights, model)
+        return model
+
+    signature = inspect.signature(build)
+    weights = inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *before, last = signature.parameters.values()
+    signature = signature.replace(parameters=[*before, weights, last])
+    builder.__signature__ = signature  # type: ignore[attr-defined]
+    return cast(Builder, builder)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -31,7 +31,7 @@ class UNet(SegmentationModel):
             convolutions without padding lose and some, as the paper does at an image's border;
             "valid" is the bare network: 572 x 572 pixels in, 388 x 388 out, and the input must
             have a size that every pooling halves exactly.
-        up: "deconv" (2x2, stride 2) or "bilinear" followed by a 1x1 convolution.
+        up: "deconv" (2x2, stride 2) or "bilinear" with a 1x1 convolution.
         dropout: drop rate at the end of the contracting path, on its last two levels.
         levels: poolings, 4 in the paper.
         width: channels at full size, doubled by each level.
@@ -118,8 +118,9 @@ def _up(channels: int, up: str) -> nn.Module:
     """Twice the size, half the channels."""
     if up == "deconv":
         return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+    # In this order the convolution has a quarter of the pixels, and the result is the same.
     return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(channels, channels // 2, 1)
+        nn.Conv2d(channels, channels // 2, 1), nn.Upsample(scale_factor=2, mode="bilinear")
     )
 
 

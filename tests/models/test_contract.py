@@ -28,12 +28,13 @@ SMALL = {
     "deeplabv2_vgg16": VGG,
     "deeplabv2": RESNET,
     "deeplabv3": RESNET,
+    "deeplabv3_cascade": {**RESNET, "multi_grid": (2,)},
     "refinenet": RESNET,
     "pspnet": RESNET,
     "gcn": {**RESNET, "kernel_size": 5},
 }
 # Deeper trunks and fewer skips of a family have nothing of their own to test.
-SAME = ("_resnet152", "fcn16s_vgg16", "fcn16s_resnet50", "fcn32s_resnet50")
+SAME = ("_resnet152", "u2net", "fcn16s_vgg16", "fcn16s_resnet50", "fcn32s_resnet50")
 NAMES = [
     name
     for name in models.list_models()
@@ -49,13 +50,21 @@ def small(name, **options):
 
 @pytest.fixture(autouse=True)
 def _shallow(monkeypatch):
-    """All ResNets get one block per stage, and three in the last for DeepLab v3's multi-grid."""
-    monkeypatch.setattr("fastseg.models.resnet.BLOCKS", dict.fromkeys((50, 101), (1, 1, 1, 3)))
+    """All ResNets get one block per stage."""
+    monkeypatch.setattr("fastseg.models.resnet.BLOCKS", dict.fromkeys((50, 101), (1, 1, 1, 1)))
 
 
 @pytest.fixture(params=NAMES)
 def model(request):
     return randomize(small(request.param))
+
+
+# 112 layers take long to trace, and all blocks of U2-Net are tested on their own.
+TRACED = pytest.mark.parametrize(
+    "model",
+    [pytest.param(n, marks=pytest.mark.slow if n == "u2netp" else ()) for n in NAMES],
+    indirect=True,
+)
 
 
 def image(*shape):
@@ -133,6 +142,7 @@ def test_training_step(model):
     assert any((p != q).any() for p, q in zip(model.parameters(), before, strict=True))
 
 
+@TRACED
 @torch.no_grad()
 def test_compile(model):
     model.eval()
@@ -143,6 +153,7 @@ def test_compile(model):
     assert_close(out, expected)
 
 
+@TRACED
 @torch.no_grad()
 def test_export(model):
     model.eval()

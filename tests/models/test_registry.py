@@ -1,4 +1,8 @@
+import inspect
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastseg import models
 
@@ -21,6 +25,20 @@ def test_create_model_passes_options_on():
     assert model.head.score.out_channels == 4
     assert model.backbone.stages[0].conv1_1.in_channels == 1
     assert model.upscore.deconv.groups == 4
+
+
+def test_weights(tmp_path):
+    small = {"num_classes": 3, "width": 2, "hidden": 3}
+    saved = models.fcn8s_vgg16(**small)
+    path = tmp_path / "fcn.safetensors"
+    save_file(saved.state_dict(), path)
+    for weights in (path, str(path), saved.state_dict()):
+        loaded = models.create_model("fcn8s_vgg16", **small, weights=weights)
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+    assert "weights" in inspect.signature(models.fcn8s_vgg16).parameters
+    with pytest.raises(ValueError, match=r"head.fc6.weight \(3, 16, 7, 7\) in the source"):
+        models.create_model("fcn8s_vgg16", num_classes=3, width=2, hidden=4, weights=path)
 
 
 def test_unknown_names():

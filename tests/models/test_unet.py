@@ -27,7 +27,7 @@ def unet(w: Weights, x, *, bn=True, padding=1, bilinear=False):
     for i, skip in enumerate(skips[3::-1]):
         if bilinear:
             x = F.interpolate(x, scale_factor=2, mode="bilinear")
-            x = w.conv(x, f"up.{i}.1")
+            x = w.conv(x, f"up.{i}.0")
         else:
             x = F.conv_transpose2d(x, w[f"up.{i}.weight"], w[f"up.{i}.bias"], stride=2)
         if padding:

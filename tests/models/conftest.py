@@ -1,0 +1,7 @@
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """The networks here are too small to share among threads."""
+    threads(1)
