@@ -59,6 +59,11 @@ std::map<std::string, int64_t> kernel_counts() {
   return counts;
 }
 
+// Hands on the memory of another object; MatrixXf of fastseg.compat.pydensecrf is one of these.
+struct BufferView {
+  py::buffer source;
+};
+
 void reset_kernel_counts() {
   for (Counter* c = Counter::head(); c != nullptr; c = c->next) c->count = 0;
 }
@@ -74,4 +79,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another instruction set, for tests.");
   m.def("kernel_counts", &kernel_counts, "How often each kernel variant ran since the last reset.");
   m.def("reset_kernel_counts", &reset_kernel_counts);
+  py::class_<BufferView>(m, "BufferView", py::buffer_protocol(),
+                         "Exports the buffer of `source` as its own.")
+      .def(py::init<py::buffer>(), py::arg("source"))
+      .def_readwrite("source", &BufferView::source)
+      .def_buffer([](const BufferView& view) { return view.source.request(true); });
 }
