@@ -8,12 +8,14 @@ compute stays as it is; :func:`explain` says why.
 
 import copy
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .nn.conv_bn import ConvBNReLU2d
 from .nn.packed import PackedConv2d, unsupported
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -62,18 +64,59 @@ def explain(model: nn.Module) -> str:
 
 
 def _optimize(module: nn.Module, accuracy: str) -> nn.Module:
-    if isinstance(module, nn.Conv2d):
-        return module if unsupported(module) else PackedConv2d(module, accuracy=accuracy)
+    layer = _Layer.of(module)
+    if layer:
+        return layer.pack(accuracy)
     if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
         return module
     try:
-        traced = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
+        traced = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
     except Exception:  # a forward may do anything to the proxy of a tensor; then it stays
         for name, child in module.named_children():
             setattr(module, name, _optimize(child, accuracy))
         return module
     _Fusion(traced, accuracy).run()
     return traced
+
+
+class _Tracer(fx.Tracer):
+    """Looks into blocks and networks, not into the layers of fastseg.nn."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, ConvBNReLU2d):
+            return True
+        if type(m).__module__.startswith("fastseg.nn."):
+            return not any(m.children())
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class _Layer:
+    """A convolution that the engine computes, and what of its successors is known so far."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None = None
+    activation: str = "none"
+    slope: float = 0.0
+
+    @classmethod
+    def of(cls, module: nn.Module | None) -> "_Layer | None":
+        if isinstance(module, ConvBNReLU2d):
+            conv, bn = module.conv, module.bn
+            if not unsupported(conv, bn):
+                return cls(conv, bn, module.activation, module.negative_slope)
+        elif isinstance(module, nn.Conv2d) and not unsupported(module):
+            return cls(module)
+        return None
+
+    def pack(self, accuracy: str) -> PackedConv2d:
+        return PackedConv2d(
+            self.conv,
+            self.bn,
+            activation=self.activation,
+            negative_slope=self.slope,
+            accuracy=accuracy,
+        )
 
 
 class _Fusion:
@@ -91,34 +134,38 @@ class _Fusion:
                 node.replace_all_uses_with(node.args[0])
                 self.traced.graph.erase_node(node)
         for node in list(self.traced.graph.nodes):
-            conv = self.module(node)
-            if isinstance(conv, nn.Conv2d) and not unsupported(conv):
-                self.fuse(node, conv)
+            layer = _Layer.of(self.module(node))
+            if layer:
+                self.fuse(node, layer)
         self.traced.delete_all_unused_submodules()
         self.traced.recompile()
 
-    def fuse(self, node: fx.Node, conv: nn.Conv2d) -> None:
+    def fuse(self, node: fx.Node, layer: _Layer) -> None:
         """One packed convolution in place of ``node`` and what may follow it: batch norm, addition
         of an earlier result, activation."""
-        chain, args = [node], list(node.args)
+        chain, args = [node], [*node.args, *node.kwargs.values()]
         after = self.only_user(node)
         bn = self.module(after)
-        if after is not None and isinstance(bn, nn.BatchNorm2d) and not unsupported(conv, bn):
+        if (
+            after is not None
+            and layer.bn is None
+            and isinstance(bn, nn.BatchNorm2d)
+            and not unsupported(layer.conv, bn)
+        ):
+            layer.bn = bn
             chain.append(after)
             after = self.only_user(after)
-        else:
-            bn = None
-        summand = self.other_summand(after, chain[-1])
-        if after is not None and summand and self.position[summand] < self.position[node]:
-            args.append(summand)
-            chain.append(after)
-            after = self.only_user(after)
-        activation, slope = self.activation(after)
-        if after is not None and activation != "none":
-            chain.append(after)
-        packed = PackedConv2d(
-            conv, bn, activation=activation, negative_slope=slope, accuracy=self.accuracy
-        )
+        if layer.activation == "none" and len(args) == 1:
+            summand = self.other_summand(after, chain[-1])
+            if after is not None and summand and self.position[summand] < self.position[node]:
+                args.append(summand)
+                chain.append(after)
+                after = self.only_user(after)
+        if layer.activation == "none":
+            layer.activation, layer.slope = self.activation(after)
+            if after is not None and layer.activation != "none":
+                chain.append(after)
+        packed = layer.pack(self.accuracy)
         name = str(node.target)
         while sum(other.target == name for other in self.traced.graph.nodes) > 1:
             name += "_"  # a convolution called several times, each call with its own successors

@@ -105,6 +105,43 @@ def test_traced_network(accuracy):
     assert nn.Dropout not in kinds
 
 
+class Block(nn.Module):
+    """Layers of fastseg.nn, with a residual and with successors that fuse into one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = fastseg.nn.ConvBNReLU2d(3, 32, 3, padding=1)
+        self.conv2 = fastseg.nn.ConvBNReLU2d(32, 32, 3, padding=1, activation="leaky_relu")
+        self.conv3 = fastseg.nn.ConvBNReLU2d(32, 32, 1, activation="none")
+        self.grouped = fastseg.nn.ConvBNReLU2d(32, 32, 1, groups=4)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.conv2(x, x)
+        return self.grouped(torch.relu(self.conv3(x) + y))
+
+
+def test_layers_of_fastseg():
+    fast = check(randomise(Block()), torch.randn(1, 3, 19, 23))
+    assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) == 3
+    assert isinstance(fast.grouped, fastseg.nn.ConvBNReLU2d)
+    text = fastseg.explain(fast)
+    assert "conv3: convolution engine" in text
+    assert "grouped.conv: left to torch, 4 groups" in text
+
+
+def test_convolutions_of_a_kind_of_their_own_stay():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean())
+
+    hooked = nn.Conv2d(3, 8, 1)
+    hooked.register_forward_hook(lambda module, args, out: out * 2)
+    fast = check(nn.Sequential(Standardised(3, 3, 1), hooked).eval(), torch.randn(1, 3, 5, 5))
+    assert not any(isinstance(m, PackedConv2d) for m in fast.modules())
+    assert fastseg.explain(fast) == "1: left to torch, it has hooks"
+
+
 def test_residuals_are_fused():
     fast = fastseg.optimize(randomise(Net()))
     assert sum(len(n.args) == 2 for n in fast.graph.nodes if n.op == "call_module") == 2

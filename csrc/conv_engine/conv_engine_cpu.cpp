@@ -35,7 +35,13 @@ constexpr int64_t kTaskTiles = 42;
 // From this size on outputs are written past the caches: nobody would find them there anyway.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
-struct TaskBuffer;  // names the scratch memory of a task
+// With more channels the stages of Winograd's algorithm run one after the other.
+constexpr int64_t kTaskChannels = 1024;
+// Transformed input that the stages keep in memory at a time.
+constexpr int64_t kStagedFloats = 32 * 1024 * 1024;
+
+struct TaskBuffer;  // names the scratch memory of a task, and that of all tasks together
+struct StagedBuffer;
 
 void run_gemm(const Conv& conv) {
   const int64_t depth = conv.depth(), pixels = conv.pixels();
@@ -54,39 +60,68 @@ void run_gemm(const Conv& conv) {
   });
 }
 
-template <int kOut>
-void run_winograd(const Conv& conv) {
-  const int64_t tiles = conv.N * TileAxis(conv.Ho, conv.dilation_h, kOut).count() *
-                        TileAxis(conv.Wo, conv.dilation_w, kOut).count();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, kTaskTiles), threads));
+// Few channels: each task takes its tiles from input to output.
+template <class Scheme>
+void run_winograd(const Conv& conv, int64_t tiles) {
+  using torch::stable::get_num_threads;
+  const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, kTaskTiles), get_num_threads()));
   const int64_t floats =
-      FASTSEG_ISA_CALL(WinogradKernel<kOut>::scratch_size)(conv, ceil_div(tiles, parts));
-  const auto kernel = FASTSEG_ISA_CALL(WinogradKernel<kOut>::run);
+      FASTSEG_ISA_CALL(WinogradKernel<Scheme>::scratch_size)(conv, ceil_div(tiles, parts));
+  const auto kernel = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::run);
   parallel_tasks(parts, [&](int64_t part) {
     kernel(conv, part_begin(tiles, parts, part), part_begin(tiles, parts, part + 1),
            scratch<TaskBuffer>(floats));
   });
 }
 
-template <int kOut>
+// Many channels: stage by stage, as many tiles at once as the scratch memory holds.
+template <class Scheme>
+void run_winograd_staged(const Conv& conv, int64_t tiles) {
+  constexpr int64_t kPoints = Scheme::kProducts * Scheme::kProducts;
+  const int64_t C = round_up(conv.C, kGroup), rows = *FASTSEG_ISA_CALL(kRows);
+  const int64_t parts = ceil_div(kPoints * C * tiles, kStagedFloats);
+  const int64_t most = ceil_div(tiles, parts);
+  float* v = scratch<StagedBuffer>(kPoints * (most * (C + conv.panels() * kPanel) + kGroup));
+  float* m = v + kPoints * (most * C + kGroup);
+  const auto input = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_input);
+  const auto multiply = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_multiply);
+  const auto output = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_output);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part_begin(tiles, parts, part);
+    const int64_t count = part_begin(tiles, parts, part + 1) - begin;
+    const int64_t blocks = ceil_div(count, rows);
+    parallel_tasks(blocks, [&](int64_t block) {
+      input(conv, begin, count, block, v, scratch<TaskBuffer>(C));
+    });
+    const int64_t shares = std::min<int64_t>(blocks, kPoints < 16 ? 4 : 1);  // of a point
+    parallel_tasks(kPoints * shares, [&](int64_t task) {
+      const int64_t share = task % shares;
+      multiply(conv, count, task / shares, part_begin(blocks, shares, share),
+               part_begin(blocks, shares, share + 1), v, m);
+    });
+    parallel_tasks(blocks, [&](int64_t block) { output(conv, begin, count, block, m); });
+  }
+}
+
+template <class Scheme>
 void pack_winograd(const float* weight, int64_t K, int64_t C, float* packed) {
-  constexpr int kAlpha = kOut + 2;
+  constexpr int kProducts = Scheme::kProducts;
   const int64_t depth = round_up(C, kGroup);
-  double g[kAlpha][3];
-  for (int i = 0; i < kAlpha; ++i) Winograd<kOut, 3>::weight_row(i, g[i]);
+  double g[kProducts][3];
+  for (int i = 0; i < kProducts; ++i) Scheme::weight_row(i, g[i]);
   parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
     for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
       for (int64_t c = 0; c < C; ++c) {
         const float* w = weight + (k * C + c) * 9;
-        float* dst = packed + panel * kAlpha * kAlpha * depth * kPanel + c * kPanel + k % kPanel;
-        for (int i = 0; i < kAlpha; ++i) {
+        float* dst =
+            packed + panel * kProducts * kProducts * depth * kPanel + c * kPanel + k % kPanel;
+        for (int i = 0; i < kProducts; ++i) {
           double half[3];
           for (int s = 0; s < 3; ++s)
             half[s] = g[i][0] * w[s] + g[i][1] * w[3 + s] + g[i][2] * w[6 + s];
-          for (int j = 0; j < kAlpha; ++j) {
+          for (int j = 0; j < kProducts; ++j) {
             const double u = g[j][0] * half[0] + g[j][1] * half[1] + g[j][2] * half[2];
-            dst[(i * kAlpha + j) * depth * kPanel] = static_cast<float>(u);
+            dst[(i * kProducts + j) * depth * kPanel] = static_cast<float>(u);
           }
         }
       }
@@ -108,24 +143,35 @@ void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, float* p
   });
 }
 
-// Floats of packed weights, without the bias behind them.
-int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
-  const int64_t rows =
-      tile == 0 ? round_up(C * taps, kGroup) : (tile + 2) * (tile + 2) * round_up(C, kGroup);
-  return round_up(K, kPanel) * rows;
-}
-
-// Calls fn with the tile size as a constant: the one list of Winograd kernels.
+// Calls fn with the scheme of that number: the one list of Winograd kernels.
 template <typename Fn>
 void dispatch_tile(int64_t tile, Fn&& fn) {
   switch (tile) {
+    case 1:
+      return fn(Bordered{});
     case 2:
-      return fn(std::integral_constant<int, 2>{});
+      return fn(Winograd<2>{});
+    case 3:
+      return fn(Winograd<3>{});
     case 4:
-      return fn(std::integral_constant<int, 4>{});
+      return fn(Winograd<4>{});
+    case 6:
+      return fn(Winograd<6>{});
     default:
-      fail_check("conv_engine: tile must be 0 (GEMM), 2 or 4 (Winograd), got ", tile);
+      fail_check("conv_engine: tile must be 0 (GEMM), 1 (bordered) or 2, 3, 4, 6 (Winograd), got ",
+                 tile);
   }
+}
+
+// Floats of packed weights, without the bias behind them.
+int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
+  int64_t depth = round_up(C * taps, kGroup);
+  if (tile != 0) {
+    dispatch_tile(tile, [&](auto scheme) {
+      depth = scheme.kProducts * scheme.kProducts * round_up(C, kGroup);
+    });
+  }
+  return round_up(K, kPanel) * depth;
 }
 
 // weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias.
@@ -147,7 +193,7 @@ Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias,
   if (tile == 0) {
     pack_gemm(src, K, C, taps, dst);
   } else {
-    dispatch_tile(tile, [&](auto out) { pack_winograd<out>(src, K, C, dst); });
+    dispatch_tile(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
   }
   if (bias) std::copy_n(bias->const_data_ptr<float>(), K, dst + size);
   return packed;
@@ -210,6 +256,9 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
   }
   FASTSEG_CHECK(o.tile == 0 || (o.R == 3 && o.S == 3 && o.stride_h == 1 && o.stride_w == 1),
                 "conv_engine: Winograd tiles need a 3x3 kernel of stride 1");
+  FASTSEG_CHECK(o.tile != 1 || (o.pad_h == o.dilation_h && o.pad_w == o.dilation_w &&
+                                conv.H <= 2 * o.dilation_h && conv.W <= 2 * o.dilation_w),
+                "conv_engine: bordered tiles need padding == dilation >= half of the input");
   const int64_t size = packed_size(conv.K, conv.C, o.R * o.S, o.tile);
   FASTSEG_CHECK(packed.is_contiguous() && packed.scalar_type() == ScalarType::Float &&
                     packed.numel() == size + round_up(conv.K, kPanel),
@@ -226,8 +275,18 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
     FASTSEG_COUNT("conv_engine.gemm");
     run_gemm(conv);
   } else {
-    FASTSEG_COUNT("conv_engine.winograd");
-    dispatch_tile(o.tile, [&](auto tile) { run_winograd<tile>(conv); });
+    dispatch_tile(o.tile, [&](auto scheme) {
+      using Scheme = decltype(scheme);
+      const int64_t tiles = conv.N * TileAxis(conv.Ho, conv.dilation_h, Scheme::kOut).count() *
+                            TileAxis(conv.Wo, conv.dilation_w, Scheme::kOut).count();
+      if (conv.C <= kTaskChannels) {
+        FASTSEG_COUNT("conv_engine.winograd");
+        run_winograd<Scheme>(conv, tiles);
+      } else {
+        FASTSEG_COUNT("conv_engine.winograd_staged");
+        run_winograd_staged<Scheme>(conv, tiles);
+      }
+    });
   }
 }
 

@@ -7,16 +7,13 @@ FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
   return v < 0 ? below : v;
 }
 
-// kLanes output channels from k on; y and residual (or nullptr) point at their pixel.
-FASTSEG_INLINE void finish_vector(const Conv& conv, Vec v, int64_t k, float* y,
-                                  const float* residual) {
-  v += load(conv.bias + k);
-  if (residual) v += load(residual + k);
+// One vector of output.
+FASTSEG_INLINE void store_output(const Conv& conv, Vec v, float* y) {
   v = activate(v, conv.activation, conv.slope);
   if (conv.stream) {
-    store_stream(y + k, v);
+    store_stream(y, v);
   } else {
-    store(y + k, v);
+    store(y, v);
   }
 }
 
@@ -24,8 +21,11 @@ FASTSEG_INLINE void finish_vector(const Conv& conv, Vec v, int64_t k, float* y,
 static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, const float* sums,
                                 float* y, const float* residual) {
   int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes)
-    finish_vector(conv, load(sums + i), k + i, y, residual);
+  for (; i + kLanes <= columns; i += kLanes) {
+    Vec v = load(sums + i) + load(conv.bias + k + i);
+    if (residual) v += load(residual + k + i);
+    store_output(conv, v, y + k + i);
+  }
   for (; i < columns; ++i) {
     float v = sums[i] + conv.bias[k + i];
     if (residual) v += residual[k + i];

@@ -29,23 +29,40 @@ static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, float* a)
   }
 }
 
-// Where the rows of a block go: finishes sums while they are still in registers.
-struct FinishPixels {
+// The pixels of one block and panel. Sums start from bias and residual: read at the end, between
+// stores to rows that lie whole pages apart just like theirs, the residual took 256 -> 1024
+// channels from 5.6 to 7.6 ms.
+struct OutputPixels {
   const Conv& conv;
   int64_t k;
   float* y[kRows];
   const float* residual[kRows];
 
-  FinishPixels(const Conv& conv, int64_t first, int64_t rows) : conv(conv), k(0) {
+  OutputPixels(const Conv& conv, int64_t first, int64_t rows, int64_t k) : conv(conv), k(k) {
+    int64_t ox = first % conv.Wo, oy = first / conv.Wo % conv.Ho;
+    int64_t n = first / (conv.Wo * conv.Ho);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t ox = (first + r) % conv.Wo, oy = (first + r) / conv.Wo % conv.Ho;
-      const int64_t n = (first + r) / (conv.Wo * conv.Ho);
       y[r] = conv.y.at(n, oy, ox);
       residual[r] = conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr;
+      if (++ox == conv.Wo) {
+        ox = 0;
+        if (++oy == conv.Ho) oy = 0, ++n;
+      }
     }
   }
-  FASTSEG_MEMBER_INLINE void operator()(int r, int64_t column, Vec v) const {
-    finish_vector(conv, v, k + column, y[r], residual[r]);
+  FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
+    const Vec bias = load(conv.bias + k + column);
+    return residual[r] ? bias + load(residual[r] + k + column) : bias;
+  }
+  FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
+    store_output(conv, v, y[r] + k + column);
+  }
+  // No hardware prefetcher follows rows that lie pages apart.
+  void prefetch_residual(int64_t rows) const {
+    for (int64_t r = 0; r < rows && residual[r]; ++r) {
+      __builtin_prefetch(residual[r] + k);
+      __builtin_prefetch(residual[r] + k + kPanel / 2);
+    }
   }
 };
 
@@ -63,28 +80,25 @@ static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t pane
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
     const float* b = conv.weight + k * depth;
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(pixels, blocks, i),
-                    rows = part_begin(pixels, blocks, i + 1) - first;
+      const int64_t first = part_begin(pixels, blocks, i), last = part_begin(pixels, blocks, i + 1);
+      const int64_t rows = last - first;
       const float* a = packed + first * depth;
-      FinishPixels finish(conv, begin + first, rows);
-      if (conv.residual.data) {
-        // Pages apart from row to row, so no hardware prefetcher brings it: 256 -> 1024 channels
-        // takes 7.7 ms without this.
-        for (int64_t r = 0; r < rows; ++r) {
-          __builtin_prefetch(finish.residual[r] + k);
-          __builtin_prefetch(finish.residual[r] + k + kPanel / 2);
-        }
+      const OutputPixels pixels_out(conv, begin + first, rows, k);
+      if (i + 1 < blocks && conv.residual.data) {
+        const int64_t next = part_begin(pixels, blocks, i + 2) - last;
+        OutputPixels(conv, begin + last, next, k).prefetch_residual(next);
       }
       if (columns % kLanes == 0) {
-        finish.k = k;
-        gemm_tile(rows, columns, a, b, depth, finish);
+        gemm_tile(rows, columns, a, b, depth, pixels_out);
       } else {
         alignas(64) float tile[kRows * kPanel];
         gemm_tile(rows, columns, a, b, depth, StoreTile{tile});
         for (int64_t r = 0; r < rows; ++r) {
-          finish_pixel(conv, k, columns, tile + r * kPanel, finish.y[r], finish.residual[r]);
+          finish_pixel(conv, k, columns, tile + r * kPanel, pixels_out.y[r],
+                       pixels_out.residual[r]);
         }
       }
     }
   }
+  if (conv.stream) stream_fence();
 }

@@ -1,16 +1,22 @@
 // The register tile everything else feeds: rows x kPanel products of packed operands.
 //   a: [depth / 16][rows][16]   one cache line per row and group of the reduction
 //   b: [depth][kPanel]
-//   emit(r, column, Vec): takes the finished sums of row r, columns [column, column + kLanes)
+//   out.start(r, column): what the sums of row r, columns [column, column + kLanes) start from
+//   out.finish(r, column, Vec): takes the finished sums
 
 // R rows by V vectors, all accumulators in registers. One scalar of A feeds V multiply-adds from a
 // broadcast register; an operand broadcast from memory would double the loads, of which Zen 5 and
 // Golden Cove do two a cycle. The weights behind b are fetched into L2 meanwhile: where they stream
 // from L3 that takes 512 channels from 17.4 to 15.5 ms.
-template <int R, int V, class Emit>
+template <int R, int V, class Rows>
 FASTSEG_INLINE void gemm_registers(const float* a, const float* b, int64_t depth, int64_t column,
-                                   const Emit& emit) {
-  Vec acc[R][V] = {};
+                                   const Rows& out) {
+  Vec acc[R][V];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = out.start(r, column + v * kLanes);
+  }
   for (int64_t d = 0; d < depth; d += kGroup, a += R * kGroup) {
 #pragma GCC unroll 4
     for (int l = 0; l < kGroup; ++l, b += kPanel) {
@@ -30,36 +36,39 @@ FASTSEG_INLINE void gemm_registers(const float* a, const float* b, int64_t depth
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) emit(r, column + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) out.finish(r, column + v * kLanes, acc[r][v]);
   }
 }
 
-template <int V, int R, class Emit>
+template <int V, int R, class Rows>
 FASTSEG_INLINE void gemm_rows(int64_t rows, const float* a, const float* b, int64_t depth,
-                              int64_t column, const Emit& emit) {
+                              int64_t column, const Rows& out) {
   if constexpr (R > 0) {
-    if (rows == R) return gemm_registers<R, V>(a, b, depth, column, emit);
-    gemm_rows<V, R - 1>(rows, a, b, depth, column, emit);
+    if (rows == R) return gemm_registers<R, V>(a, b, depth, column, out);
+    gemm_rows<V, R - 1>(rows, a, b, depth, column, out);
   }
 }
 
 // `columns` of the panel are wanted; those behind are left alone or are zeros.
-template <class Emit>
+template <class Rows>
 static void gemm_tile(int64_t rows, int64_t columns, const float* a, const float* b, int64_t depth,
-                      const Emit& emit) {
+                      const Rows& out) {
   for (int64_t k = 0; k < columns; k += 2 * kLanes) {
     if (columns - k > kLanes) {
-      gemm_rows<2, kRows>(rows, a, b + k, depth, k, emit);
+      gemm_rows<2, kRows>(rows, a, b + k, depth, k, out);
     } else {
-      gemm_rows<1, kRows>(rows, a, b + k, depth, k, emit);
+      gemm_rows<1, kRows>(rows, a, b + k, depth, k, out);
     }
   }
 }
 
-// Keeps the sums, row r at out + r * kPanel.
+// Plain sums, row r at out + r * kPanel, added to what is there or not.
 struct StoreTile {
   float* out;
-  FASTSEG_MEMBER_INLINE void operator()(int r, int64_t column, Vec v) const {
-    store(out + r * kPanel + column, v);
+  bool add = false;
+  FASTSEG_MEMBER_INLINE Vec start(int, int64_t) const { return Vec{}; }
+  FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
+    float* to = out + r * kPanel + column;
+    store(to, add ? v + load(to) : v);
   }
 };

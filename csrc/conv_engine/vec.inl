@@ -30,3 +30,10 @@ FASTSEG_INLINE void store_stream(float* p, Vec v) {
   store(p, v);
 #endif
 }
+
+// Makes streamed data visible to other threads before anything that follows.
+FASTSEG_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}

@@ -21,15 +21,26 @@ struct WinogradPoints<2, 3> {
   static constexpr double kPoints[] = {1.0};
 };
 template <>
+struct WinogradPoints<3, 3> {
+  static constexpr double kPoints[] = {0.5, 1.25};
+};
+template <>
 struct WinogradPoints<4, 3> {
   static constexpr double kPoints[] = {0.75, 1.5};
 };
+template <>
+struct WinogradPoints<6, 3> {
+  static constexpr double kPoints[] = {0.5, 1.0, 2.0};
+};
 
-template <int kOut, int kTaps>
+template <int kOutputs, int kTaps = 3>
 struct Winograd {
-  static constexpr int kAlpha = kOut + kTaps - 1;  // inputs of a tile, and its products
-  static constexpr int kZero = (kAlpha - 1) % 2;   // 1 if the point 0 is used
-  static constexpr int kPairs = (kAlpha - 1) / 2;
+  static constexpr int kOut = kOutputs;
+  static constexpr int kIn = kOut + kTaps - 1;
+  static constexpr int kProducts = kIn;
+  static constexpr int kOffset = 0;            // first input, counted from the first tap
+  static constexpr int kZero = (kIn - 1) % 2;  // 1 if the point 0 is used
+  static constexpr int kPairs = (kIn - 1) / 2;
 
   // Point of row `row` in the order 0 (if kZero), +p0, -p0, +p1, ...; infinity comes last.
   static double point(int row) {
@@ -41,12 +52,12 @@ struct Winograd {
   // Row `row` of the weight transform.
   static void weight_row(int row, double (&g)[kTaps]) {
     for (double& v : g) v = 0;
-    if (row == kAlpha - 1) {
+    if (row == kIn - 1) {
       g[kTaps - 1] = 1;
       return;
     }
     double norm = 1;
-    for (int j = 0; j < kAlpha - 1; ++j) {
+    for (int j = 0; j < kIn - 1; ++j) {
       if (j != row) norm *= point(row) - point(j);
     }
     double power = 1 / norm;
@@ -77,6 +88,19 @@ struct Winograd {
       for (int t = 0; t < kOut; ++t, power *= p[i]) result.power[i][t] = float(power);
     }
     return result;
+  }
+};
+
+// Two outputs between zero borders: where the dilation is at least half of the image, a sub-grid
+// has two pixels and everything around them is padding. With d0, d1 for those and taps g the
+// outputs are g1 d0 + g2 d1 and g0 d0 + g1 d1, a Toeplitz product of three multiplications, exact
+// in the coefficients.
+struct Bordered {
+  static constexpr int kOut = 2, kIn = 2, kProducts = 3, kOffset = 1;
+
+  static void weight_row(int row, double (&g)[3]) {
+    constexpr double kRows[3][3] = {{0, 1, 0}, {0, -1, 1}, {1, -1, 0}};
+    for (int k = 0; k < 3; ++k) g[k] = kRows[row][k];
   }
 };
 

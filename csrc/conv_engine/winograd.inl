@@ -1,21 +1,22 @@
-// 3x3 convolution of stride 1 and any dilation by Winograd F(kOut x kOut, 3 x 3) on the tiles of
+// 3x3 convolution of stride 1 and any dilation by Winograd F(m x m, 3 x 3) on the tiles of
 // winograd.h. Tiles are grouped in blocks of up to kRows: the rows of a register tile.
-//   V (transformed input) of a block: [point][C / 16][rows][16], points kPointPad floats further
-//       apart than that, so that they do not fall on the same cache sets
+//   V (transformed input) of a block and point: [C / 16][rows][16]
 //   packed weight: [panel][point][C, a whole number of groups][kPanel]
-//   M (products) of a block: [point][kRows][kPanel]
+//   M (products) of a block, point and panel: [rows][kPanel]
+// Points of V lie kPointPad floats further apart than they need to, so that they do not fall on the
+// same cache sets.
 
 constexpr int64_t kPointPad = 16;
 
 template <int kOut>
-FASTSEG_INLINE void input_transform(const Vec (&d)[kOut + 2], Vec (&v)[kOut + 2]) {
-  using W = Winograd<kOut, 3>;
+FASTSEG_INLINE void input_transform(Winograd<kOut>, const Vec (&d)[kOut + 2], Vec (&v)[kOut + 2]) {
+  using W = Winograd<kOut>;
   constexpr int kZ = W::kZero, kPairs = W::kPairs;
   constexpr auto kCoef = W::coefficients();
   Vec infinity = d[2 * kPairs + kZ];  // the leading coefficient of every polynomial is 1
 #pragma GCC unroll 8
   for (int k = 0; k < kPairs; ++k) infinity += d[2 * k + kZ] * kCoef.polynomial[kPairs][k];
-  v[W::kAlpha - 1] = infinity;
+  v[W::kProducts - 1] = infinity;
   if constexpr (kZ == 1) {
     Vec zero = d[2 * kPairs];
 #pragma GCC unroll 8
@@ -36,8 +37,8 @@ FASTSEG_INLINE void input_transform(const Vec (&d)[kOut + 2], Vec (&v)[kOut + 2]
 }
 
 template <int kOut>
-FASTSEG_INLINE void output_transform(const Vec (&m)[kOut + 2], Vec (&y)[kOut]) {
-  using W = Winograd<kOut, 3>;
+FASTSEG_INLINE void output_transform(Winograd<kOut>, const Vec (&m)[kOut + 2], Vec (&y)[kOut]) {
+  using W = Winograd<kOut>;
   constexpr auto kCoef = W::coefficients();
 #pragma GCC unroll 8
   for (int i = 0; i < W::kPairs; ++i) {
@@ -50,10 +51,21 @@ FASTSEG_INLINE void output_transform(const Vec (&m)[kOut + 2], Vec (&y)[kOut]) {
     }
   }
   if constexpr (W::kZero == 1) y[0] += m[0];
-  y[kOut - 1] += m[W::kAlpha - 1];
+  y[kOut - 1] += m[W::kProducts - 1];
 }
 
-template <int kOut>
+FASTSEG_INLINE void input_transform(Bordered, const Vec (&d)[2], Vec (&v)[3]) {
+  v[0] = d[0] + d[1];
+  v[1] = d[1];
+  v[2] = d[0];
+}
+
+FASTSEG_INLINE void output_transform(Bordered, const Vec (&m)[3], Vec (&y)[2]) {
+  y[0] = m[0] + m[1];
+  y[1] = m[0] + m[2];
+}
+
+template <class Scheme>
 struct WinogradKernel {
   // Tiles [begin, end), counted over (image, tile row, tile column), from input to output. A few
   // dozen tiles at a time keep V and M in L2, and no other thread waits for them.
@@ -63,24 +75,27 @@ struct WinogradKernel {
     float* v = scratch;
     float* m = v + blocks * v_size(conv);
     float* zeros = m + blocks * kMSize;
-    for (int64_t c = 0; c < C; ++c) zeros[c] = 0;
+    clear(zeros, C);
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(tiles, blocks, i), last = part_begin(tiles, blocks, i + 1);
-      transform_input(conv, begin + first, last - first, zeros, v + i * v_size(conv));
+      const int64_t first = part_begin(tiles, blocks, i);
+      const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
+      transform_input(conv, begin + first, rows, zeros, v + i * v_size(conv), C * rows + kPointPad,
+                      false);
     }
     for (int64_t k = 0; k < conv.K; k += kPanel) {
-      const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
       const float* b = conv.weight + k * kPoints * C;
       for (int64_t point = 0; point < kPoints; ++point, b += C * kPanel) {
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t rows = part_begin(tiles, blocks, i + 1) - part_begin(tiles, blocks, i);
           const float* a = v + i * v_size(conv) + point * (C * rows + kPointPad);
-          gemm_tile(rows, columns, a, b, C, StoreTile{m + i * kMSize + point * kRows * kPanel});
+          gemm_tile(rows, columns(conv, k), a, b, C,
+                    StoreTile{m + i * kMSize + point * kRows * kPanel});
         }
       }
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = part_begin(tiles, blocks, i), last = part_begin(tiles, blocks, i + 1);
-        transform_output(conv, begin + first, last - first, k, columns, m + i * kMSize);
+        const int64_t first = part_begin(tiles, blocks, i);
+        const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
+        transform_output(conv, begin + first, rows, k, m + i * kMSize, kRows * kPanel);
       }
     }
   }
@@ -90,29 +105,85 @@ struct WinogradKernel {
     return ceil_div(tiles, kRows) * (v_size(conv) + kMSize) + round_up(conv.C, kGroup);
   }
 
+  // The same in three stages with all threads at each, for so many channels that V of a task would
+  // not stay in L2: every point's weights and V are then read from memory once. The tiles of a
+  // stage are [begin, begin + tiles).
+  //   V: [point][block], M: [point][panel][tile][kPanel]
+
+  static void stage_input(const Conv& conv, int64_t begin, int64_t tiles, int64_t block, float* v,
+                          float* zeros) {
+    const int64_t C = round_up(conv.C, kGroup), blocks = ceil_div(tiles, kRows);
+    const int64_t first = part_begin(tiles, blocks, block);
+    const int64_t rows = part_begin(tiles, blocks, block + 1) - first;
+    clear(zeros, C);
+    transform_input(conv, begin + first, rows, zeros, v + first * C, tiles * C + kPointPad, true);
+    stream_fence();
+  }
+
+  // Blocks [block_begin, block_end) of one point, all panels. The reduction is cut into pieces of
+  // which the weights of all panels stay in L2 and V in L1, so both are read from memory once; sums
+  // of pieces are also more accurate than one long sum.
+  static void stage_multiply(const Conv& conv, int64_t tiles, int64_t point, int64_t block_begin,
+                             int64_t block_end, const float* v, float* m) {
+    constexpr int64_t kPiece = 512;
+    const int64_t C = round_up(conv.C, kGroup), blocks = ceil_div(tiles, kRows);
+    v += point * (tiles * C + kPointPad);
+    m += point * conv.panels() * tiles * kPanel;
+    for (int64_t c = 0; c < C; c += kPiece) {
+      const int64_t depth = C - c < kPiece ? C - c : kPiece;
+      for (int64_t i = block_begin; i < block_end; ++i) {
+        const int64_t first = part_begin(tiles, blocks, i);
+        const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
+        for (int64_t panel = 0; panel < conv.panels(); ++panel) {
+          const float* b = conv.weight + ((panel * kPoints + point) * C + c) * kPanel;
+          gemm_tile(rows, columns(conv, panel * kPanel), v + first * C + c * rows, b, depth,
+                    StoreTile{m + (panel * tiles + first) * kPanel, c > 0});
+        }
+      }
+    }
+  }
+
+  static void stage_output(const Conv& conv, int64_t begin, int64_t tiles, int64_t block,
+                           const float* m) {
+    const int64_t blocks = ceil_div(tiles, kRows);
+    const int64_t first = part_begin(tiles, blocks, block);
+    const int64_t rows = part_begin(tiles, blocks, block + 1) - first;
+    for (int64_t panel = 0; panel < conv.panels(); ++panel) {
+      transform_output(conv, begin + first, rows, panel * kPanel,
+                       m + (panel * tiles + first) * kPanel, conv.panels() * tiles * kPanel);
+    }
+  }
+
  private:
-  static constexpr int kAlpha = kOut + 2;
-  static constexpr int kPoints = kAlpha * kAlpha;
+  static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
+  static constexpr int kPoints = kProducts * kProducts;
   static constexpr int64_t kMSize = kPoints * kRows * kPanel;  // of a block
 
   static int64_t v_size(const Conv& conv) {
     return kPoints * (round_up(conv.C, kGroup) * kRows + kPointPad);
   }
+  static int64_t columns(const Conv& conv, int64_t k) {
+    return conv.K - k < kPanel ? conv.K - k : kPanel;
+  }
+  static void clear(float* p, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = 0;
+  }
 
   // Tiles [first, first + rows) to V; input pixels outside the image are read from `zeros`.
   static void transform_input(const Conv& conv, int64_t first, int64_t rows, const float* zeros,
-                              float* v) {
+                              float* v, int64_t point_stride, bool stream) {
     const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
     const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
-    const int64_t point_stride = round_up(conv.C, kGroup) * rows + kPointPad;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t tile = first + r;
-      const int64_t x0 = axis_x.first(tile % tiles_x) - conv.pad_w;
-      const int64_t y0 = axis_y.first(tile / tiles_x % tiles_y) - conv.pad_h;
+      const int64_t x0 =
+          axis_x.first(tile % tiles_x) - conv.pad_w + Scheme::kOffset * conv.dilation_w;
+      const int64_t y0 =
+          axis_y.first(tile / tiles_x % tiles_y) - conv.pad_h + Scheme::kOffset * conv.dilation_h;
       const int64_t n = tile / (tiles_x * tiles_y);
-      const float* src[kAlpha][kAlpha];
-      for (int i = 0; i < kAlpha; ++i) {
-        for (int j = 0; j < kAlpha; ++j) {
+      const float* src[kIn][kIn];
+      for (int i = 0; i < kIn; ++i) {
+        for (int j = 0; j < kIn; ++j) {
           const int64_t y = y0 + i * conv.dilation_h, x = x0 + j * conv.dilation_w;
           const bool inside = y >= 0 && y < conv.H && x >= 0 && x < conv.W;
           src[i][j] = inside ? conv.x.at(n, y, x) : zeros;
@@ -121,48 +192,54 @@ struct WinogradKernel {
       for (int64_t c = 0; c < conv.C; c += kGroup) {
         float* dst = v + c * rows + r * kGroup;
         if (c + kGroup <= conv.C) {
-          transform_group(src, c, dst, point_stride);
+          transform_group(src, c, dst, point_stride, stream);
         } else {
-          alignas(64) float last[kPoints][kGroup] = {};  // C is not a whole number of groups
-          const float* padded[kAlpha][kAlpha];
-          for (int i = 0; i < kPoints; ++i) {
-            padded[i / kAlpha][i % kAlpha] = last[i];
-            for (int64_t l = 0; l < conv.C - c; ++l)
-              last[i][l] = src[i / kAlpha][i % kAlpha][c + l];
+          alignas(64) float last[kIn * kIn][kGroup] = {};  // C is not a whole number of groups
+          const float* padded[kIn][kIn];
+          for (int i = 0; i < kIn * kIn; ++i) {
+            padded[i / kIn][i % kIn] = last[i];
+            for (int64_t l = 0; l < conv.C - c; ++l) last[i][l] = src[i / kIn][i % kIn][c + l];
           }
-          transform_group(padded, 0, dst, point_stride);
+          transform_group(padded, 0, dst, point_stride, stream);
         }
       }
     }
   }
 
   // 16 channels of one tile.
-  static void transform_group(const float* const (&src)[kAlpha][kAlpha], int64_t c, float* dst,
-                              int64_t point_stride) {
+  static void transform_group(const float* const (&src)[kIn][kIn], int64_t c, float* dst,
+                              int64_t point_stride, bool stream) {
     for (int64_t l = 0; l < kGroup; l += kLanes) {
-      Vec columns[kAlpha][kAlpha];
+      Vec columns[kProducts][kIn];
 #pragma GCC unroll 8
-      for (int j = 0; j < kAlpha; ++j) {
-        Vec d[kAlpha], v[kAlpha];
+      for (int j = 0; j < kIn; ++j) {
+        Vec d[kIn], v[kProducts];
 #pragma GCC unroll 8
-        for (int i = 0; i < kAlpha; ++i) d[i] = load(src[i][j] + c + l);
-        input_transform<kOut>(d, v);
+        for (int i = 0; i < kIn; ++i) d[i] = load(src[i][j] + c + l);
+        input_transform(Scheme{}, d, v);
 #pragma GCC unroll 8
-        for (int i = 0; i < kAlpha; ++i) columns[i][j] = v[i];
+        for (int i = 0; i < kProducts; ++i) columns[i][j] = v[i];
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < kAlpha; ++i) {
-        Vec v[kAlpha];
-        input_transform<kOut>(columns[i], v);
+      for (int i = 0; i < kProducts; ++i) {
+        Vec v[kProducts];
+        input_transform(Scheme{}, columns[i], v);
 #pragma GCC unroll 8
-        for (int j = 0; j < kAlpha; ++j) store(dst + (i * kAlpha + j) * point_stride + l, v[j]);
+        for (int j = 0; j < kProducts; ++j) {
+          float* to = dst + (i * kProducts + j) * point_stride + l;
+          if (stream) {
+            store_stream(to, v[j]);
+          } else {
+            store(to, v[j]);
+          }
+        }
       }
     }
   }
 
-  // Products of tiles [first, first + rows) to output channels [k, k + columns).
+  // Products of tiles [first, first + rows) to output channels [k, k + kPanel).
   static void transform_output(const Conv& conv, int64_t first, int64_t rows, int64_t k,
-                               int64_t columns, const float* m) {
+                               const float* m, int64_t point_stride) {
     const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
     const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
     for (int64_t r = 0; r < rows; ++r, m += kPanel) {
@@ -171,21 +248,22 @@ struct WinogradKernel {
       const int64_t y0 = axis_y.first(tile / tiles_x % tiles_y);
       const int64_t n = tile / (tiles_x * tiles_y);
       alignas(64) float sums[kOut][kOut][kPanel];
-      for (int64_t l = 0; l < columns; l += kLanes) {
-        Vec half[kOut][kAlpha];
+      for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
+        Vec half[kOut][kProducts];
 #pragma GCC unroll 8
-        for (int j = 0; j < kAlpha; ++j) {
-          Vec p[kAlpha], y[kOut];
+        for (int j = 0; j < kProducts; ++j) {
+          Vec p[kProducts], y[kOut];
 #pragma GCC unroll 8
-          for (int i = 0; i < kAlpha; ++i) p[i] = load(m + (i * kAlpha + j) * kRows * kPanel + l);
-          output_transform<kOut>(p, y);
+          for (int i = 0; i < kProducts; ++i)
+            p[i] = load(m + (i * kProducts + j) * point_stride + l);
+          output_transform(Scheme{}, p, y);
 #pragma GCC unroll 8
           for (int i = 0; i < kOut; ++i) half[i][j] = y[i];
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kOut; ++i) {
           Vec y[kOut];
-          output_transform<kOut>(half[i], y);
+          output_transform(Scheme{}, half[i], y);
 #pragma GCC unroll 8
           for (int j = 0; j < kOut; ++j) store(sums[i][j] + l, y[j]);
         }
@@ -193,7 +271,7 @@ struct WinogradKernel {
       for (int i = 0; i < kOut && y0 + i * conv.dilation_h < conv.Ho; ++i) {
         for (int j = 0; j < kOut && x0 + j * conv.dilation_w < conv.Wo; ++j) {
           const int64_t oy = y0 + i * conv.dilation_h, ox = x0 + j * conv.dilation_w;
-          finish_pixel(conv, k, columns, sums[i][j], conv.y.at(n, oy, ox),
+          finish_pixel(conv, k, columns(conv, k), sums[i][j], conv.y.at(n, oy, ox),
                        conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr);
         }
       }

@@ -117,8 +117,16 @@ class PackedConv2d(nn.Module):
         return {**self.__dict__, "_packed": {}}  # copies pack anew
 
 
-def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None:
-    """Why the engine does not compute this layer, or None."""
+def unsupported(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
+    """Why the engine does not compute this convolution with this batch norm, or None."""
+    for module, kind in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d)):
+        if module is None:
+            continue
+        if not isinstance(module, kind) or type(module).forward is not kind.forward:
+            return f"{type(module).__name__} is not a plain {kind.__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "it has hooks"
+    assert isinstance(conv, nn.Conv2d)
     if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
         return f"weights are {conv.weight.dtype} on {conv.weight.device}, not float32 on the CPU"
     if conv.groups != 1:
@@ -127,7 +135,7 @@ def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None
         return f"padding mode {conv.padding_mode}"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in _spans(conv)):
         return "uneven same padding"
-    if bn is not None and (bn.training or bn.running_mean is None):
+    if isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None):
         return "batch norm of the batch's own statistics"
     return None
 

@@ -1,19 +1,23 @@
 """The CPU's inference convolution: weights packed once, bias, residual and activation fused.
 
-Two algorithms, chosen by ``choose_tile``: a matrix product over packed pixels (any kernel, stride,
-dilation), and Winograd's F(m x m, 3 x 3) for 3x3 kernels of stride 1 (Lavin and Gray 2016) on the
-sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation costs
-the same.
+The algorithms, of which ``choose_tile`` chooses: a matrix product over packed pixels (any kernel,
+stride, dilation), and for 3x3 kernels of stride 1 Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016)
+on the sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation
+costs the same. Where the dilation is half of the image or more, a sub-grid of two by two pixels
+between zero borders takes 3 x 3 multiplications.
 
 Accuracy, as the largest error over the largest output against float64 on unit-variance data:
 
-=========================  ==============  =================================================
-algorithm                  float32         interpolation points
-=========================  ==============  =================================================
-GEMM                       1e-6
-F(2, 3)                    1e-6            0, +-1, infinity
-F(4, 3)                    1e-5            0, +-3/4, +-3/2, infinity (0, +-1, +-2: 3 x worse)
-=========================  ==============  =================================================
+==================  =======  ===================================================
+algorithm           error    interpolation points
+==================  =======  ===================================================
+GEMM                2e-6
+bordered            2e-6     0, +-1 and their like: exact coefficients
+F(2, 3)             2e-6     0, +-1, infinity
+F(3, 3)             1e-5     +-1/2, +-5/4, infinity
+F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
+F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
+==================  =======  ===================================================
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine/conv_engine.h
+
+# Tiles of m x m outputs and their multiplications per axis; 1 is the bordered tile of two outputs.
+PRODUCTS = {1: 3, 2: 4, 3: 5, 4: 6, 6: 8}
+STRICT = (1, 2)  # those that round no more than torch's own convolution
 
 
 def choose_tile(
@@ -36,22 +44,30 @@ def choose_tile(
     dilation: Sequence[int] = (1, 1),
     accuracy: str = "default",
 ) -> int:
-    """Winograd's output tile for this layer and input size (H, W), or 0 for the matrix product.
+    """The algorithm for this layer and input size (H, W): a key of ``PRODUCTS``.
 
-    The one with the fewest multiplications wins. A transform counts like 12 more channels on the
-    other side: on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels. Tiles
-    that reach over the border of a sub-grid count in full, so that on a 65x65 map F(4, 3) is
-    chosen up to dilation 12. ``accuracy="strict"`` leaves F(4, 3) out: the error of F(2, 3) is
-    that of torch's own convolution.
+    The one with the fewest multiplications wins; a transform counts like 12 more channels on the
+    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels). Tiles
+    that reach over the border of a sub-grid count in full: that is what decides for dilations in
+    the order of the map. F(6, 3) is not faster than F(4, 3) where it does not halve the count.
+    ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
     if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
         return 0
+    bordered = tuple(padding) == tuple(dilation) and all(
+        n <= 2 * d for n, d in zip(size, dilation, strict=True)
+    )
     cost = {0: 9.0 * Ho * Wo * C * K}
-    for tile in (2,) if accuracy == "strict" else (2, 4):
-        tiles = winograd_tiles(Ho, dilation[0], tile) * winograd_tiles(Wo, dilation[1], tile)
-        cost[tile] = (tile + 2) ** 2 * tiles * (C * K + 12.0 * (C + K))
+    for tile in STRICT if accuracy == "strict" else PRODUCTS:
+        if tile == 1 and not bordered:
+            continue
+        outputs = max(tile, 2)
+        tiles = winograd_tiles(Ho, dilation[0], outputs) * winograd_tiles(Wo, dilation[1], outputs)
+        cost[tile] = PRODUCTS[tile] ** 2 * tiles * (C * K + 12.0 * (C + K))
+    if 6 in cost:
+        cost[6] *= 1.5
     return min(cost, key=cost.__getitem__)
 
 
@@ -110,11 +126,11 @@ def pack_conv(
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        tile: 0 for the matrix product, 2 or 4 for Winograd; see ``choose_tile``.
+        tile: 0 for the matrix product, or a key of ``PRODUCTS``; see ``choose_tile``.
 
     Returns:
-        The packed form: 36/9 times the memory of the weight for F(4, 3), 16/9 for F(2, 3), else
-        that of the weight with channels padded to 16 and 32.
+        The packed form: ``PRODUCTS[tile] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
+        F(4, 3)), for the matrix product that of the weight; channels are padded to 16 and 32.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or name.
@@ -218,7 +234,7 @@ def _channels_last(x: Tensor) -> Tensor:
 @torch.library.register_fake("fastseg::conv_engine_pack")
 def _(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
     K, C, R, S = weight.shape
-    depth = -(-C * R * S // 16) * 16 if tile == 0 else (tile + 2) ** 2 * (-(-C // 16) * 16)
+    depth = -(-C * R * S // 16) * 16 if tile == 0 else PRODUCTS[tile] ** 2 * (-(-C // 16) * 16)
     return weight.new_empty(-(-K // 32) * 32 * (depth + 1))
 
 

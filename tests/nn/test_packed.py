@@ -41,8 +41,8 @@ def test_packs_once_per_algorithm():
     weights = packed._packed[4].packed
     packed(torch.randn(2, 32, 64, 64))
     assert packed._packed[4].packed is weights
-    packed(torch.randn(1, 32, 16, 16))  # sub-grids of two pixels
-    assert set(packed._packed) == {2, 4}
+    packed(torch.randn(1, 32, 24, 24))  # sub-grids of three pixels
+    assert set(packed._packed) == {3, 4}
     assert first.shape == (1, 32, 65, 65)
 
 
