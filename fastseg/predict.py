@@ -20,6 +20,7 @@ from .image import Photo, read_image
 from .models import SegmentationModel, create_model
 from .models.checkpoint import ModelCard, PathLike, read_card, shipped_path
 from .models.common import resize
+from .nn import DenseCRF
 from .optimize import optimize
 from .result import Segmentation
 
@@ -50,7 +51,7 @@ class _Scores(nn.Module):
 
 
 class Predictor:
-    """Segments photographs: ``Predictor("u2netp")("photo.jpg").mask``.
+    """Segments photographs: ``Predictor("u2netp", crf="default")("photo.jpg").mask``.
 
     Reads, resizes and normalises the photo, runs the network, brings its scores to the size of the
     photo, refines them with a dense CRF if asked, and takes the most probable class. Deterministic.
@@ -62,8 +63,10 @@ class Predictor:
             is positive.
         weights: a file that :func:`fastseg.convert.load` can load into the network; if it holds a
             :class:`ModelCard`, ``model`` may be left out.
-        crf: a module that refines probabilities (1, L, H, W) by the photo (1, 3, H, W), 0 to 255.
-            Photos of more than 4 million pixels are refined at that size.
+        crf: refines the probabilities: "default", with the parameters that the model card gives;
+            a preset of :class:`fastseg.nn.DenseCRF`; or a module that maps probabilities
+            (1, L, H, W) and the photo (1, 3, H, W), 0 to 255, to probabilities. Photos of more
+            than 4 million pixels are refined at that size.
         device: "auto" takes the GPU if torch and fastseg both have kernels for it.
         classes, mean, std, size: override what the model card says (:class:`ModelCard`).
         tile: side in pixels of square windows that the photo is cut into, whose probabilities are
@@ -82,7 +85,7 @@ class Predictor:
         model: str | nn.Module | None = None,
         *,
         weights: PathLike | None = None,
-        crf: nn.Module | None = None,
+        crf: str | nn.Module | None = None,
         device: str | torch.device = "auto",
         classes: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
@@ -120,6 +123,9 @@ class Predictor:
             torch.tensor(v, device=self.device).mul(255).view(1, 3, 1, 1)
             for v in (self.card.mean, self.card.std)
         )
+        if isinstance(crf, str):
+            given = self.card.crf if crf == "default" else {}
+            crf = DenseCRF.from_preset(crf, unary="probs", **given)
         self.crf = None if crf is None else crf.to(self.device)
         self.tile, self.overlap = tile, overlap
         scales = _SCALES if "ms" in tta else (1.0,)

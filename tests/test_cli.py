@@ -188,6 +188,24 @@ def test_segment_quiet(monkeypatch, capsys, photos, quick, tmp_path):
     assert run_cli(monkeypatch, capsys, *run) == (0, "", "")
 
 
+def test_segment_crf_stands_alone(monkeypatch, capsys, photos, quick, tmp_path):
+    """--crf does not take the photo for its value."""
+    out = tmp_path / "out"
+    code, stdout, _ = run_cli(
+        monkeypatch,
+        capsys,
+        "segment",
+        "--crf",
+        str(photos / "a.png"),
+        "-o",
+        str(out),
+        "--jsonl",
+        quick,
+    )
+    assert code == 0
+    assert json.loads(stdout)["seconds"]["crf"] > 0
+
+
 def test_segment_photos_of_one_name(monkeypatch, capsys, photos, quick, tmp_path):
     Image.new("RGB", (9, 9)).save(photos / "a.jpg")
     out = tmp_path / "out"
@@ -206,6 +224,7 @@ def test_segment_photos_of_one_name(monkeypatch, capsys, photos, quick, tmp_path
         (["PHOTO", "--tile", "3"], "tile must be at least 64 pixels, got 3"),
         (["PHOTO", "--model", "nope"], "no weights ship for 'nope'"),
         (["PHOTO", "--weights", "PHOTO"], "has no model card, so model must be given"),
+        (["PHOTO", "--crf=nope"], "name must be one of"),
         (["EMPTY"], "there are no pictures in folder"),
         (["PHOTO", "SAME"], "several photos are called a.png"),
     ],

@@ -163,6 +163,41 @@ def test_crf_gets_probabilities_and_the_photo():
     assert "crf" in r.timings
 
 
+def test_crf_presets(tmp_path):
+    """By name; "default" takes what the model card says."""
+    network = fastseg.models.create_model("u2netp")
+    card = ModelCard("u2netp", size=(32, 32), crf={"iters": 7, "bilateral": [[9, 8, 7.0]]})
+    save_checkpoint(tmp_path / "w.safetensors", network.state_dict(), card)
+    weights = tmp_path / "w.safetensors"
+    own = Predictor(weights=weights, crf="default").crf
+    assert own.iters == 7
+    assert own.unary == "probs"
+    assert own.bilateral_widths == [(9, 8)]
+    other = Predictor(weights=weights, crf="krahenbuhl").crf
+    assert other.iters == 10
+    assert other.bilateral_widths == [(80, 13)]
+    assert Predictor(Brighter(), crf="default").crf.bilateral_widths == [(50, 5)]
+
+
+def test_crf_cleans_what_the_colours_contradict():
+    """A network that is wrong about single pixels of a photo of two plain halves."""
+
+    class Noisy(Brighter):
+        def forward(self, x):
+            y = super().forward(x)["out"] / 20
+            y[:, 1, 20, 10::12] += 2
+            return y
+
+    image = np.full((64, 64, 3), 30, np.uint8)
+    image[:, 32:] = 230
+    halves = np.zeros((64, 64))
+    halves[:, 32:] = 2
+    assert (Predictor(Noisy(), **BRIGHTER)(image).mask == 1).sum() == 5
+    refined = Predictor(Noisy(), crf="default", **BRIGHTER)(image)
+    np.testing.assert_array_equal(refined.mask, halves)
+    np.testing.assert_allclose(refined.probs.sum(0), 1, atol=1e-5)
+
+
 def test_crf_on_small_padded_photos_sees_the_photo_only():
     crf = Recorder()
     Predictor(Brighter(), crf=crf, **BRIGHTER)(steps(9, 30)[0])

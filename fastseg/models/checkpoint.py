@@ -27,6 +27,8 @@ class ModelCard:
             label 1 is where its logit is positive.
         mean, std: RGB statistics that inputs were normalised with, of values from 0 to 1.
         size: (H, W) that photographs are resized to, or None: the network takes them as they are.
+        crf: arguments of :class:`fastseg.nn.DenseCRF` that suit its probabilities, terms as lists
+            of lists; empty for the defaults.
         source: where the weights come from and under which licence.
     """
 
@@ -36,6 +38,7 @@ class ModelCard:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size: tuple[int, int] | None = None
+    crf: dict[str, Any] = field(default_factory=dict)
     source: str = ""
 
 

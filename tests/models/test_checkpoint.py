@@ -17,7 +17,13 @@ from fastseg.models.checkpoint import (
 
 def test_round_trip(tmp_path):
     card = ModelCard(
-        "segnet", {"num_classes": 3}, ("sky", "road", "tree"), (0.0,) * 3, (1.0,) * 3, (360, 480)
+        "segnet",
+        {"num_classes": 3},
+        ("sky", "road", "tree"),
+        (0.0,) * 3,
+        (1.0,) * 3,
+        (360, 480),
+        {"iters": 3},
     )
     state = {"a.weight": torch.randn(4, 3).t(), "n": torch.tensor(7)}
     save_checkpoint(tmp_path / "w.safetensors", state, card)
