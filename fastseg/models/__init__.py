@@ -32,6 +32,7 @@ from .fcn import (
     fcn_resnet50,
     fcn_resnet101,
 )
+from .gcn import GCN, gcn_resnet50, gcn_resnet101, gcn_resnet152
 from .pspnet import pspnet_resnet50, pspnet_resnet101
 from .refinenet import RefineNet, refinenet_resnet50, refinenet_resnet101, refinenet_resnet152
 from .registry import ModelInfo, Paper, create_model, list_models, model_info, register
@@ -43,6 +44,7 @@ from .vgg import VGG16
 
 __all__ = [
     "FCN",
+    "GCN",
     "VGG16",
     "ContextModule",
     "DeepLabV1",
@@ -85,6 +87,9 @@ __all__ = [
     "fcn32s_vgg16",
     "fcn_resnet50",
     "fcn_resnet101",
+    "gcn_resnet50",
+    "gcn_resnet101",
+    "gcn_resnet152",
     "list_models",
     "model_info",
     "pspnet_resnet50",

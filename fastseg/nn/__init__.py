@@ -3,6 +3,7 @@
 from .aspp import ASPP
 from .conv_bn import ConvBNReLU2d
 from .crf import DenseCRF
+from .global_conv import GlobalConv2d
 from .pooling import MaxPool2d, MaxUnpool2d
 from .pyramid_pooling import PyramidPooling
 
@@ -10,6 +11,7 @@ __all__ = [
     "ASPP",
     "ConvBNReLU2d",
     "DenseCRF",
+    "GlobalConv2d",
     "MaxPool2d",
     "MaxUnpool2d",
     "PyramidPooling",

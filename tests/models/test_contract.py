@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+import fastseg
 from fastseg import models
 
 from .reference import randomize
@@ -140,6 +141,13 @@ def test_training_step(model):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     optimizer.step()
     assert any((p != q).any() for p, q in zip(model.parameters(), before, strict=True))
+
+
+@torch.no_grad()
+def test_optimize(model):
+    x = image(2, 4, 33, 48)
+    expected = model.eval()(x)["out"]
+    assert_close(fastseg.optimize(model)(x)["out"], expected)
 
 
 @TRACED
