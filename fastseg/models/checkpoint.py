@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 PathLike = str | os.PathLike[str]
 _SHIPPED = Path(__file__).parent / "weights"
@@ -92,16 +92,3 @@ def read_card(path: PathLike) -> ModelCard | None:
         key: tuple(value) if isinstance(value, list) else value for key, value in known.items()
     }
     return ModelCard(**lists_as_tuples)
-
-
-def load_weights(model: nn.Module, weights: PathLike, name: str) -> None:
-    """Load a safetensors file, or with "shipped" the one that comes with fastseg, into a network.
-
-    Raises:
-        ValueError: the weights do not fit, or none ship for the network ``name``.
-    """
-    path = shipped_path(name) if weights == "shipped" else weights
-    try:
-        load_model(model, path)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path}: its weights do not fit {name} ({error})") from error

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from .checkpoint import shipped_path
+
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 
@@ -62,7 +64,8 @@ def register(
     """Decorator that enters a builder under its function's name.
 
     A builder without an argument ``weights`` gets one: a file or a state dict, of ours or of a
-    layout that :func:`fastseg.convert.load` knows, which also fills a trunk alone.
+    layout that :func:`fastseg.convert.load` knows, which also fills a trunk alone, or "shipped":
+    those that come with fastseg.
 
     ``family`` is the function that a builder with ``**options`` passes them on to; what the builder
     itself decides is positional-only there.
@@ -85,7 +88,8 @@ def register(
 
 
 def _with_weights(build: Builder) -> Builder:
-    """The builder with one more argument, ``weights``: what :func:`fastseg.convert.load` takes."""
+    """The builder with one more argument, ``weights``: what :func:`fastseg.convert.load` takes, or
+    "shipped"."""
 
     @functools.wraps(build)
     def builder(*args: Any, weights: Any = None, **options: Any) -> nn.Module:
@@ -93,13 +97,14 @@ def _with_weights(build: Builder) -> Builder:
         if weights is not None:
             from ..convert import load  # which knows the networks
 
-            load(weights, model)
+            load(shipped_path(build.__name__) if weights == "shipped" else weights, model)
         return model
 
     signature = inspect.signature(build)
     weights = inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None)
-    *before, last = signature.parameters.values()
-    signature = signature.replace(parameters=[*before, weights, last])
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    signature = signature.replace(parameters=[*parameters[:at], weights, *parameters[at:]])
     builder.__signature__ = signature  # type: ignore[attr-defined]
     return cast(Builder, builder)
 

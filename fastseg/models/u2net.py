@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastseg.nn import ConvBNReLU2d
 
-from .checkpoint import PathLike, load_weights
 from .common import SegmentationModel, resize
 from .registry import Paper, register
 
@@ -148,34 +147,27 @@ class U2Net(SegmentationModel):
 
 
 @register(PAPER, stride=1)
-def u2net(num_classes: int = 1, in_channels: int = 3, weights: PathLike | None = None) -> U2Net:
+def u2net(num_classes: int = 1, in_channels: int = 3) -> U2Net:
     """U2-Net, 44.0 million parameters.
 
     Args:
         num_classes: logits; 1 for salient objects, whose probability is the sigmoid.
         in_channels: channels of the image.
-        weights: a safetensors file.
     """
-    model = U2Net(ENCODER, DECODER, num_classes, in_channels)
-    if weights is not None:
-        load_weights(model, weights, "u2net")
-    return model
+    return U2Net(ENCODER, DECODER, num_classes, in_channels)
 
 
 @register(PAPER, stride=1)
-def u2netp(num_classes: int = 1, in_channels: int = 3, weights: PathLike | None = None) -> U2Net:
+def u2netp(num_classes: int = 1, in_channels: int = 3) -> U2Net:
     """U2-Net-p, 1.13 million parameters: every stage has 16 channels inside and 64 outside.
+
+    ``weights="shipped"`` are the authors' salient-object weights, trained on DUTS-TR at 320 x 320.
+    Their published file has its batch norms folded into the convolutions, so here they hold the
+    bias alone (running mean 0, running variance 1 - eps, weight 1): fine-tune with ``freeze_bn()``.
 
     Args:
         num_classes: logits; 1 for salient objects, whose probability is the sigmoid.
         in_channels: channels of the image.
-        weights: a safetensors file, or "shipped": the authors' salient-object weights, trained on
-            DUTS-TR at 320 x 320. Their published file has its batch norms folded into the
-            convolutions, so here they hold the bias alone (running mean 0, running variance
-            1 - eps, weight 1): fine-tune with ``freeze_bn()``.
     """
     encoder, decoder = ([(stage[0], 16, 64) for stage in side] for side in (ENCODER, DECODER))
-    model = U2Net(encoder, decoder, num_classes, in_channels)
-    if weights is not None:
-        load_weights(model, weights, "u2netp")
-    return model
+    return U2Net(encoder, decoder, num_classes, in_channels)

@@ -3,11 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from fastseg.models.checkpoint import (
     ModelCard,
-    load_weights,
     read_card,
     save_checkpoint,
     shipped_path,
@@ -32,11 +30,8 @@ def test_round_trip(tmp_path):
 
 
 def test_a_file_without_card(tmp_path):
-    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    save_file(layer.state_dict(), tmp_path / "w.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors")
     assert read_card(tmp_path / "w.safetensors") is None
-    load_weights(other, tmp_path / "w.safetensors", "linear")
-    assert torch.equal(other.weight, layer.weight)
 
 
 def test_bad_files(tmp_path):
@@ -48,8 +43,6 @@ def test_bad_files(tmp_path):
         read_card(tmp_path / "card.safetensors")
     with pytest.raises(OSError, match="nowhere"):
         read_card(tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match=r"card\.safetensors: its weights do not fit linear"):
-        load_weights(nn.Linear(2, 2), tmp_path / "card.safetensors", "linear")
 
 
 def test_every_shipped_file_names_its_network():

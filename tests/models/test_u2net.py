@@ -90,7 +90,7 @@ def test_create_model_takes_shipped_weights(shipped):
 
 
 def test_weights_that_do_not_fit():
-    with pytest.raises(ValueError, match="its weights do not fit u2netp"):
+    with pytest.raises(ValueError, match="must fit U2Net"):
         u2netp(num_classes=5, weights="shipped")
     with pytest.raises(ValueError, match="no weights ship for 'u2net', only for u2netp"):
         u2net(weights="shipped")
