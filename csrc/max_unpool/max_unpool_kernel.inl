@@ -2,6 +2,24 @@
 // once per instruction set (common/isa.h); plain loops that the compiler vectorises: over the
 // channels of a pixel in channels-last images, over the pixels of a row in NCHW.
 
+// one(i) for i in [0, count), in vectors. Blocks of 64 fill the registers where bytes go with wider
+// values, blocks of 16 serve short rows; the last block overlaps the one before instead of leaving
+// a scalar tail. So one(i) must not depend on one(j), and running it twice must change nothing.
+template <int kBlock, typename One>
+inline void in_blocks_of(int64_t count, const One& one) {
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t begin = i + kBlock <= count ? i : count - kBlock;
+#pragma GCC ivdep
+    for (int64_t k = begin; k < begin + kBlock; ++k) one(k);
+  }
+}
+template <typename One>
+inline void in_blocks(int64_t count, const One& one) {
+  if (count >= 64) return in_blocks_of<64>(count, one);
+  if (count >= 16) return in_blocks_of<16>(count, one);
+  for (int64_t i = 0; i < count; ++i) one(i);
+}
+
 // How values of T are compared: as themselves, or for 16-bit types as integers in the same order.
 template <typename T>
 struct Order {
@@ -21,7 +39,8 @@ struct Order16 {
     const int16_t magnitude = bits & 0x7fff;
     const int16_t sign = static_cast<int16_t>(bits) >> 15;  // 0 or -1
     const int16_t value = static_cast<int16_t>((magnitude ^ sign) - sign);
-    return magnitude > kInfinity ? int16_t{0x7fff} : value;
+    const int16_t nan = static_cast<int16_t>(-(magnitude > kInfinity));  // a mask: `?:` is not
+    return static_cast<int16_t>((value & ~nan) | (nan & 0x7fff));        // vectorised here
   }
   static bool replaces(uint16_t value, uint16_t best) {
     const int16_t v = rank(value);
@@ -36,43 +55,36 @@ struct Order<BFloat16> : Order16<BFloat16, 0x7f80> {};
 // Four 2-bit codes of neighbouring channels to a byte and back, `count` bytes.
 inline void pack_channels(const uint8_t* __restrict__ codes, uint8_t* __restrict__ bytes,
                           int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  in_blocks(count, [&](int64_t i) {
     uint32_t four;
     __builtin_memcpy(&four, codes + 4 * i, 4);
     bytes[i] = static_cast<uint8_t>(four | four >> 6 | four >> 12 | four >> 18);
-  }
+  });
 }
 inline void unpack_channels(const uint8_t* __restrict__ bytes, uint8_t* __restrict__ codes,
                             int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  in_blocks(count, [&](int64_t i) {
     const uint32_t b = bytes[i];
     const uint32_t four = (b & 0x03) | (b & 0x0c) << 6 | (b & 0x30) << 12 | (b & 0xc0) << 18;
     __builtin_memcpy(codes + 4 * i, &four, 4);
-  }
+  });
+}
+
+// The codes of row oh of plane `outer` = n * C + c, NCHW; they are put into `codes`.
+inline const uint8_t* unpack_row(const Pool2d& p, const uint8_t* indices, int64_t outer, int oh,
+                                 uint8_t* codes) {
+  const int64_t group = outer / p.C * p.index_channels() + outer % p.C / 4;
+  const uint8_t* bytes = indices + (group * p.rows.count + oh) * p.cols.count;
+  const int shift = 2 * static_cast<int>(outer % p.C % 4);
+  in_blocks(p.cols.count, [&](int64_t i) { codes[i] = bytes[i] >> shift & 3; });
+  return codes;
 }
 
 // ---- max_pool2d ---------------------------------------------------------------------------------
 
-// One whole window of all channels, its size known to the compiler: the running best stays in
-// registers.
-template <typename T, int kHeight, int kWidth>
-void pool_pixel(const typename Order<T>::Bits* __restrict__ x, int64_t row_stride, int64_t C,
-                typename Order<T>::Bits* __restrict__ y, uint8_t* __restrict__ codes) {
-  for (int64_t c = 0; c < C; ++c) {
-    auto best = x[c];
-    typename Order<T>::Code code = 0;
-    for (int tap = 1; tap < kHeight * kWidth; ++tap) {
-      const auto value = x[tap / kWidth * row_stride + tap % kWidth * C + c];
-      const bool take = Order<T>::replaces(value, best);
-      best = take ? value : best;
-      code = take ? tap : code;
-    }
-    y[c] = best;
-    codes[c] = static_cast<uint8_t>(code);
-  }
-}
-
-// Any window: the running best lives in y, which stays in the first-level cache.
+// One window of all channels, tap by tap: reading all channels of a pixel before the next follows
+// the order in memory (blocks of channels through all taps were three times slower from DRAM). The
+// running best lives in y, which stays in the first-level cache.
 template <typename T>
 void pool_pixel(const typename Order<T>::Bits* __restrict__ x, int64_t row_stride, int64_t C,
                 Taps rows, Taps cols, int width, typename Order<T>::Bits* __restrict__ y,
@@ -82,13 +94,13 @@ void pool_pixel(const typename Order<T>::Bits* __restrict__ x, int64_t row_strid
       const auto* __restrict__ values = x + r * row_stride + s * C;
       const auto tap = static_cast<uint8_t>(r * width + s);
       if (r == rows.first && s == cols.first) {
-        for (int64_t c = 0; c < C; ++c) y[c] = values[c], codes[c] = tap;
-        continue;
-      }
-      for (int64_t c = 0; c < C; ++c) {
-        const bool take = Order<T>::replaces(values[c], y[c]);
-        y[c] = take ? values[c] : y[c];
-        codes[c] = take ? tap : codes[c];
+        in_blocks(C, [&](int64_t c) { y[c] = values[c], codes[c] = tap; });
+      } else {
+        in_blocks(C, [&](int64_t c) {
+          const bool take = Order<T>::replaces(values[c], y[c]);
+          y[c] = take ? values[c] : y[c];
+          codes[c] = take ? tap : codes[c];
+        });
       }
     }
   }
@@ -99,21 +111,12 @@ template <typename T>
 void pool_row_channels_last(const Pool2d& p, const typename Order<T>::Bits* image, int oh,
                             typename Order<T>::Bits* y, uint8_t* indices, uint8_t* scratch) {
   const int64_t C = p.C, row_stride = p.cols.size * C;
-  const int height = p.rows.kernel, width = p.cols.kernel;
   const Taps rows = taps_inside(p.rows, oh);
   const auto* band = image + p.rows.start(oh) * row_stride;
   for (int ow = 0; ow < p.cols.count; ++ow) {
-    const Taps cols = taps_inside(p.cols, ow);
-    const auto* corner = band + p.cols.start(ow) * C;
-    const bool whole = rows.end - rows.first == height && cols.end - cols.first == width;
     uint8_t* codes = p.packed ? scratch : indices;
-    if (whole && height == 2 && width == 2) {
-      pool_pixel<T, 2, 2>(corner, row_stride, C, y, codes);
-    } else if (whole && height == 3 && width == 3) {
-      pool_pixel<T, 3, 3>(corner, row_stride, C, y, codes);
-    } else {
-      pool_pixel<T>(corner, row_stride, C, rows, cols, width, y, codes);
-    }
+    pool_pixel<T>(band + p.cols.start(ow) * C, row_stride, C, rows, taps_inside(p.cols, ow),
+                  p.cols.kernel, y, codes);
     if (p.packed) pack_channels(codes, indices, p.index_channels());
     y += C;
     indices += p.index_channels();
@@ -125,7 +128,7 @@ template <typename T>
 void pool_row_2x2(const typename Order<T>::Bits* __restrict__ top,
                   const typename Order<T>::Bits* __restrict__ bottom, int count,
                   typename Order<T>::Bits* __restrict__ y, uint8_t* __restrict__ codes) {
-  for (int ow = 0; ow < count; ++ow) {
+  in_blocks(count, [&](int64_t ow) {
     auto best = top[2 * ow];
     typename Order<T>::Code code = 0;
     const auto consider = [&](auto value, int tap) {
@@ -138,7 +141,7 @@ void pool_row_2x2(const typename Order<T>::Bits* __restrict__ top,
     consider(bottom[2 * ow + 1], 3);
     y[ow] = best;
     codes[ow] = static_cast<uint8_t>(code);
-  }
+  });
 }
 
 // The tap of one column, for windows [first, end) of a row; kStride 0 stands for any stride.
@@ -243,7 +246,12 @@ template <Meet kMeet, typename T, typename Acc>
 void unpool_pixel(const T* __restrict__ x, const uint8_t* __restrict__ codes, int64_t C, int tap,
                   int width, Acc* __restrict__ out) {
   for (int s = 0; s < width; ++s, ++tap, out += C) {
-    for (int64_t c = 0; c < C; ++c) out[c] = meet<kMeet>(codes[c] == tap, x[c], out[c]);
+    const auto one = [&](int64_t c) { out[c] = meet<kMeet>(codes[c] == tap, x[c], out[c]); };
+    if constexpr (kMeet == Meet::kSum) {
+      for (int64_t c = 0; c < C; ++c) one(c);
+    } else {
+      in_blocks(C, one);
+    }
   }
 }
 
@@ -252,11 +260,10 @@ template <Meet kMeet, typename T, typename Acc>
 void unpool_windows(const T* __restrict__ x, const uint8_t* __restrict__ codes, int count, int tap,
                     const WindowAxis& axis, Acc* __restrict__ out) {
   if (kMeet == Meet::kNever && axis.kernel == 2 && axis.stride == 2) {
-    for (int ow = 0; ow < count; ++ow) {
+    return in_blocks(count, [&](int64_t ow) {
       out[2 * ow] = meet<kMeet>(codes[ow] == tap, x[ow], Acc(0));
       out[2 * ow + 1] = meet<kMeet>(codes[ow] == tap + 1, x[ow], Acc(0));
-    }
-    return;
+    });
   }
   for (int ow = 0; ow < count; ++ow, out += axis.stride) {
     const unsigned s = static_cast<unsigned>(codes[ow] - tap);
@@ -266,49 +273,66 @@ void unpool_windows(const T* __restrict__ x, const uint8_t* __restrict__ codes, 
   }
 }
 
-// Rows [begin, end) of all output rows: (n, ih) channels last, (n, c, ih) in NCHW. A row is built
-// in pieces of `piece` columns in `buffer`, which holds piece + 2 * (kernel - 1) pixels.
+// Output row ih of image or plane `outer`, windows [ow0, ow1): `target` is where window ow0 begins.
+template <Meet kMeet, typename T, typename Acc>
+void unpool_row(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int ih, int ow0,
+                int ow1, Acc* target, uint8_t* scratch) {
+  const int64_t h = p.rows.count, w = p.cols.count;
+  for (int oh = p.rows.first(ih); oh <= p.rows.last(ih) && ow0 < ow1; ++oh) {
+    const int tap = (ih - p.rows.start(oh)) * p.cols.kernel;
+    const int64_t row = (outer * h + oh) * w;
+    if (p.channels_last()) {
+      Acc* pixel = target;
+      for (int64_t ow = ow0; ow < ow1; ++ow, pixel += p.cols.stride * p.C) {
+        const uint8_t* codes = indices + (row + ow) * p.index_channels();
+        if (p.packed) {
+          unpack_channels(codes, scratch, p.index_channels());
+          codes = scratch;
+        }
+        unpool_pixel<kMeet>(x + (row + ow) * p.C, codes, p.C, tap, p.cols.kernel, pixel);
+      }
+    } else {
+      const uint8_t* codes = indices + row + ow0;
+      if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch) + ow0;
+      unpool_windows<kMeet>(x + row + ow0, codes, ow1 - ow0, tap, p.cols, target);
+    }
+  }
+}
+
+// Rows [begin, end) of the output: (n, ih) channels last, (n, c, ih) in NCHW.
 template <Meet kMeet, typename T, typename Acc>
 void unpool_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* out, int piece,
                  Acc* buffer, uint8_t* scratch, int64_t begin, int64_t end) {
-  const bool channels_last = p.channels_last();
-  const WindowAxis &rows = p.rows, &cols = p.cols;
-  const int64_t C = channels_last ? p.C : 1, w = cols.count, h = rows.count;
+  const WindowAxis& cols = p.cols;
+  const int64_t C = p.channels_last() ? p.C : 1;
   const int margin = cols.kernel - 1;
+  // Windows that tile the row are written in place; a buffer would cost a second pass.
+  const bool in_place = cols.kernel == cols.stride && cols.padding == 0 &&
+                        cols.count * cols.kernel <= cols.size &&
+                        (p.channels_last() || cols.kernel == 2);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t outer = task / rows.size;  // n, or n * C + c
-    const int ih = static_cast<int>(task % rows.size);
-    const int64_t n = channels_last ? outer : outer / p.C, c = channels_last ? 0 : outer % p.C;
+    const int64_t outer = task / p.rows.size;  // n, or n * C + c
+    const int ih = static_cast<int>(task % p.rows.size);
+    T* row = out + task * cols.size * C;
+    if constexpr (kMeet == Meet::kNever) {
+      if (in_place) {
+        const int64_t tiled = p.rows.first(ih) <= p.rows.last(ih) ? cols.count * cols.kernel : 0;
+        unpool_row<kMeet>(p, x, indices, outer, ih, 0, cols.count, row, scratch);
+        for (int64_t i = tiled * C; i < cols.size * C; ++i) row[i] = T(0);
+        continue;
+      }
+    }
+    // Else the row is built in pieces of `piece` columns in `buffer`, which holds as many pixels
+    // and a margin of kernel - 1 on both sides for windows that hang over.
     for (int i0 = 0; i0 < cols.size; i0 += piece) {
       const int i1 = cols.size - i0 < piece ? cols.size : i0 + piece;
       const int ow0 = cols.first(i0), ow1 = cols.last(i1 - 1) + 1;
       for (int64_t i = 0; i < (i1 - i0 + 2 * margin) * C; ++i) buffer[i] = Acc(0);
-      for (int oh = rows.first(ih); oh <= rows.last(ih) && ow0 < ow1; ++oh) {
-        const int tap = (ih - rows.start(oh)) * cols.kernel;
-        const int64_t row = (outer * h + oh) * w;
-        Acc* target = buffer + (cols.start(ow0) - i0 + margin) * C;
-        if (channels_last) {
-          for (int64_t ow = ow0; ow < ow1; ++ow, target += cols.stride * C) {
-            const uint8_t* codes = indices + (row + ow) * p.index_channels();
-            if (p.packed) {
-              unpack_channels(codes, scratch, p.index_channels());
-              codes = scratch;
-            }
-            unpool_pixel<kMeet>(x + (row + ow) * C, codes, C, tap, cols.kernel, target);
-          }
-          continue;
-        }
-        const uint8_t* codes = indices + row + ow0;
-        if (p.packed) {
-          codes = indices + ((n * p.index_channels() + c / 4) * h + oh) * w + ow0;
-          for (int i = 0; i < ow1 - ow0; ++i) scratch[i] = codes[i] >> 2 * (c % 4) & 3;
-          codes = scratch;
-        }
-        unpool_windows<kMeet>(x + row + ow0, codes, ow1 - ow0, tap, cols, target);
+      unpool_row<kMeet>(p, x, indices, outer, ih, ow0, ow1,
+                        buffer + (cols.start(ow0) - i0 + margin) * C, scratch);
+      for (int64_t i = 0; i < (i1 - i0) * C; ++i) {
+        row[i0 * C + i] = static_cast<T>(buffer[margin * C + i]);
       }
-      T* target = out + (task * cols.size + i0) * C;
-      for (int64_t i = 0; i < (i1 - i0) * C; ++i)
-        target[i] = static_cast<T>(buffer[margin * C + i]);
     }
   }
 }
@@ -379,12 +403,7 @@ void by_index_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* y, bo
       }
     } else {
       const uint8_t* codes = indices + task * w;
-      if (p.packed) {
-        const int64_t n = outer / p.C, c = outer % p.C;
-        codes = indices + ((n * p.index_channels() + c / 4) * h + oh) * w;
-        for (int64_t i = 0; i < w; ++i) scratch[i] = codes[i] >> 2 * (c % 4) & 3;
-        codes = scratch;
-      }
+      if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch);
       if (p.is_2x2() && rows.end == 2 && 2 * w <= width) {
         const T* top = image + 2 * oh * width;
         by_index_row_2x2(top, top + width, static_cast<int>(w), codes, target);
