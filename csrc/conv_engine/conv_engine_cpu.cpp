@@ -35,6 +35,8 @@ constexpr int64_t kTaskTiles = 42;
 // From this size on outputs are written past the caches: nobody would find them there anyway.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
+// Lines of one task of the one-dimensional form: three register tiles.
+constexpr int64_t kTaskLines = 42;
 // With more channels the stages of Winograd's algorithm run one after the other.
 constexpr int64_t kTaskChannels = 1024;
 // Transformed input that the stages keep in memory at a time.
@@ -103,6 +105,40 @@ void run_winograd_staged(const Conv& conv, int64_t tiles) {
   }
 }
 
+void run_winograd_1d(const Conv& conv) {
+  const int64_t lines = conv.N * (conv.S == 1 ? conv.W : conv.H);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = std::min(lines, round_up(ceil_div(lines, kTaskLines), threads));
+  const int64_t floats =
+      FASTSEG_ISA_CALL(Winograd1dKernel::scratch_size)(conv, ceil_div(lines, parts));
+  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel::run);
+  parallel_tasks(parts, [&](int64_t part) {
+    kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
+           scratch<TaskBuffer>(floats));
+  });
+}
+
+// taps: the length of the k x 1 or 1 x k kernel.
+void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
+  using Scheme = Winograd<5, 5>;
+  const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
+  double rows[Scheme::kProducts][5];
+  for (int i = 0; i < Scheme::kProducts; ++i) Scheme::weight_row(i, rows[i]);
+  parallel_tasks(columns, [&](int64_t column) {
+    const int64_t k = column % K, first_tap = column / K * 5;
+    float* dst = packed + column / kPanel * Scheme::kProducts * depth * kPanel + column % kPanel;
+    for (int64_t c = 0; c < C; ++c) {
+      for (int i = 0; i < Scheme::kProducts; ++i) {
+        double u = 0;
+        for (int64_t j = 0; j < std::min<int64_t>(5, taps - first_tap); ++j) {
+          u += rows[i][j] * weight[(k * C + c) * taps + first_tap + j];
+        }
+        dst[(i * depth + c) * kPanel] = static_cast<float>(u);
+      }
+    }
+  });
+}
+
 template <class Scheme>
 void pack_winograd(const float* weight, int64_t K, int64_t C, float* packed) {
   constexpr int kProducts = Scheme::kProducts;
@@ -143,7 +179,10 @@ void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, float* p
   });
 }
 
-// Calls fn with the scheme of that number: the one list of Winograd kernels.
+// The number of the one-dimensional form among the tiles.
+constexpr int64_t kLineTile = 5;
+
+// Calls fn with the scheme of that number: the one list of square Winograd kernels.
 template <typename Fn>
 void dispatch_tile(int64_t tile, Fn&& fn) {
   switch (tile) {
@@ -158,20 +197,34 @@ void dispatch_tile(int64_t tile, Fn&& fn) {
     case 6:
       return fn(Winograd<6>{});
     default:
-      fail_check("conv_engine: tile must be 0 (GEMM), 1 (bordered) or 2, 3, 4, 6 (Winograd), got ",
-                 tile);
+      fail_check(
+          "conv_engine: tile must be 0 (GEMM), 1 (bordered), 2, 3, 4, 6 (Winograd) or 5 "
+          "(Winograd along one axis), got ",
+          tile);
   }
 }
 
 // Floats of packed weights, without the bias behind them.
 int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
-  int64_t depth = round_up(C * taps, kGroup);
-  if (tile != 0) {
-    dispatch_tile(tile, [&](auto scheme) {
-      depth = scheme.kProducts * scheme.kProducts * round_up(C, kGroup);
-    });
+  if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kGroup);
+  if (tile == kLineTile) {
+    return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
+           round_up(C, kGroup);
   }
-  return round_up(K, kPanel) * depth;
+  int64_t points = 0;
+  dispatch_tile(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
+  return round_up(K, kPanel) * points * round_up(C, kGroup);
+}
+
+// Whether the kernels of this tile compute such a convolution.
+void check_tile(int64_t tile, int64_t R, int64_t S) {
+  if (tile == kLineTile) {
+    FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
+                  "x", S);
+  } else {
+    FASTSEG_CHECK(tile == 0 || (R == 3 && S == 3),
+                  "conv_engine: Winograd tiles need a 3x3 kernel, got ", R, "x", S);
+  }
 }
 
 // weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias.
@@ -180,9 +233,7 @@ Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias,
       weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
       "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  FASTSEG_CHECK(tile == 0 || (weight.size(2) == 3 && weight.size(3) == 3),
-                "conv_engine_pack: Winograd tiles need a 3x3 kernel, got ", weight.size(2), "x",
-                weight.size(3));
+  check_tile(tile, weight.size(2), weight.size(3));
   FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),
                 "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
@@ -192,6 +243,8 @@ Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias,
   const float* src = weight.const_data_ptr<float>();
   if (tile == 0) {
     pack_gemm(src, K, C, taps, dst);
+  } else if (tile == kLineTile) {
+    pack_winograd_1d(src, K, C, taps, dst);
   } else {
     dispatch_tile(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
   }
@@ -254,8 +307,12 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
-  FASTSEG_CHECK(o.tile == 0 || (o.R == 3 && o.S == 3 && o.stride_h == 1 && o.stride_w == 1),
-                "conv_engine: Winograd tiles need a 3x3 kernel of stride 1");
+  check_tile(o.tile, o.R, o.S);
+  FASTSEG_CHECK(o.tile == 0 || (o.stride_h == 1 && o.stride_w == 1),
+                "conv_engine: Winograd tiles need stride 1, got ", o.stride_h, " and ", o.stride_w);
+  FASTSEG_CHECK(o.tile != kLineTile ||
+                    (o.dilation_h == 1 && o.dilation_w == 1 && (o.S == 1 ? o.pad_w : o.pad_h) == 0),
+                "conv_engine: tile 5 needs dilation 1 and padding along the kernel alone");
   FASTSEG_CHECK(o.tile != 1 || (o.pad_h == o.dilation_h && o.pad_w == o.dilation_w &&
                                 conv.H <= 2 * o.dilation_h && conv.W <= 2 * o.dilation_w),
                 "conv_engine: bordered tiles need padding == dilation >= half of the input");
@@ -274,6 +331,9 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
   if (o.tile == 0) {
     FASTSEG_COUNT("conv_engine.gemm");
     run_gemm(conv);
+  } else if (o.tile == kLineTile) {
+    FASTSEG_COUNT("conv_engine.winograd_1d");
+    run_winograd_1d(conv);
   } else {
     dispatch_tile(o.tile, [&](auto scheme) {
       using Scheme = decltype(scheme);

@@ -13,6 +13,7 @@
 #include "conv_engine/epilogue.inl"
 #include "conv_engine/gemm_conv.inl"
 #include "conv_engine/winograd.inl"
+#include "conv_engine/winograd_1d.inl"
 // clang-format on
 #if !defined(__clang__)
 #pragma GCC pop_options

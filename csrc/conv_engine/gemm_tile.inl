@@ -62,13 +62,14 @@ static void gemm_tile(int64_t rows, int64_t columns, const float* a, const float
   }
 }
 
-// Plain sums, row r at out + r * kPanel, added to what is there or not.
+// Plain sums, row r at out + r * stride, added to what is there or not.
 struct StoreTile {
   float* out;
   bool add = false;
+  int64_t stride = kPanel;
   FASTSEG_MEMBER_INLINE Vec start(int, int64_t) const { return Vec{}; }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
-    float* to = out + r * kPanel + column;
+    float* to = out + r * stride + column;
     store(to, add ? v + load(to) : v);
   }
 };

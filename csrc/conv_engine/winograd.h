@@ -33,6 +33,11 @@ struct WinogradPoints<6, 3> {
   static constexpr double kPoints[] = {0.5, 1.0, 2.0};
 };
 
+template <>
+struct WinogradPoints<5, 5> {
+  static constexpr double kPoints[] = {0.25, 0.75, 1.25, 2.0};
+};
+
 template <int kOutputs, int kTaps = 3>
 struct Winograd {
   static constexpr int kOut = kOutputs;

@@ -8,9 +8,9 @@
 
 constexpr int64_t kPointPad = 16;
 
-template <int kOut>
-FASTSEG_INLINE void input_transform(Winograd<kOut>, const Vec (&d)[kOut + 2], Vec (&v)[kOut + 2]) {
-  using W = Winograd<kOut>;
+template <int kOut, int kTaps, int kIn>
+FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps>, const Vec (&d)[kIn], Vec (&v)[kIn]) {
+  using W = Winograd<kOut, kTaps>;
   constexpr int kZ = W::kZero, kPairs = W::kPairs;
   constexpr auto kCoef = W::coefficients();
   Vec infinity = d[2 * kPairs + kZ];  // the leading coefficient of every polynomial is 1
@@ -36,9 +36,9 @@ FASTSEG_INLINE void input_transform(Winograd<kOut>, const Vec (&d)[kOut + 2], Ve
   }
 }
 
-template <int kOut>
-FASTSEG_INLINE void output_transform(Winograd<kOut>, const Vec (&m)[kOut + 2], Vec (&y)[kOut]) {
-  using W = Winograd<kOut>;
+template <int kOut, int kTaps, int kIn>
+FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps>, const Vec (&m)[kIn], Vec (&y)[kOut]) {
+  using W = Winograd<kOut, kTaps>;
   constexpr auto kCoef = W::coefficients();
 #pragma GCC unroll 8
   for (int i = 0; i < W::kPairs; ++i) {

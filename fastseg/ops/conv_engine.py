@@ -4,7 +4,8 @@ The algorithms, of which ``choose_tile`` chooses: a matrix product over packed p
 stride, dilation), and for 3x3 kernels of stride 1 Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016)
 on the sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation
 costs the same. Where the dilation is half of the image or more, a sub-grid of two by two pixels
-between zero borders takes 3 x 3 multiplications.
+between zero borders takes 3 x 3 multiplications. Long k x 1 and 1 x k kernels take F(5, 5) along
+their axis, in groups of five taps.
 
 Accuracy, as the largest error over the largest output against float64 on unit-variance data:
 
@@ -17,6 +18,7 @@ F(2, 3)             2e-6     0, +-1, infinity
 F(3, 3)             1e-5     +-1/2, +-5/4, infinity
 F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
 F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
+F(5, 5), one axis   1e-5     +-1/4, +-3/4, +-5/4, +-2, infinity
 ==================  =======  ===================================================
 """
 
@@ -32,6 +34,7 @@ ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine
 # Tiles of m x m outputs and their multiplications per axis; 1 is the bordered tile of two outputs.
 PRODUCTS = {1: 3, 2: 4, 3: 5, 4: 6, 6: 8}
 STRICT = (1, 2)  # those that round no more than torch's own convolution
+LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
 
 
 def choose_tile(
@@ -44,7 +47,8 @@ def choose_tile(
     dilation: Sequence[int] = (1, 1),
     accuracy: str = "default",
 ) -> int:
-    """The algorithm for this layer and input size (H, W): a key of ``PRODUCTS``.
+    """The algorithm for this layer and input size (H, W): 0 for the matrix product, a key of
+    ``PRODUCTS`` or ``LINE``.
 
     The one with the fewest multiplications wins; a transform counts like 12 more channels on the
     other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels). Tiles
@@ -54,7 +58,11 @@ def choose_tile(
     """
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    if tuple(kernel_size) != (3, 3) or tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
+    if tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
+        return 0
+    if min(kernel_size) == 1 < max(kernel_size) and tuple(dilation) == (1, 1):
+        return _choose_line(C, K, kernel_size, (Ho, Wo), padding, accuracy)
+    if tuple(kernel_size) != (3, 3):
         return 0
     bordered = tuple(padding) == tuple(dilation) and all(
         n <= 2 * d for n, d in zip(size, dilation, strict=True)
@@ -69,6 +77,28 @@ def choose_tile(
     if 6 in cost:
         cost[6] *= 1.5
     return min(cost, key=cost.__getitem__)
+
+
+def _choose_line(
+    C: int,
+    K: int,
+    kernel_size: Sequence[int],
+    output: Sequence[int],
+    padding: Sequence[int],
+    accuracy: str,
+) -> int:
+    """The same for k x 1 and 1 x k. Each line transforms ``groups - 1`` tiles more than it has."""
+    axis = 0 if kernel_size[1] == 1 else 1
+    if accuracy == "strict" or padding[1 - axis] != 0:
+        return 0
+    k, groups = kernel_size[axis], -(-kernel_size[axis] // 5)
+    tiles = -(-output[axis] // 5) + groups - 1
+    products = 9 * tiles * (C * _round_up(groups * K, 16) + 12 * (C + groups * K))
+    return LINE if products < k * output[axis] * C * _round_up(K, 16) else 0
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def output_size(
@@ -126,7 +156,7 @@ def pack_conv(
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        tile: 0 for the matrix product, or a key of ``PRODUCTS``; see ``choose_tile``.
+        tile: the algorithm, from ``choose_tile``; 0 is the matrix product.
 
     Returns:
         The packed form: ``PRODUCTS[tile] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
@@ -234,8 +264,14 @@ def _channels_last(x: Tensor) -> Tensor:
 @torch.library.register_fake("fastseg::conv_engine_pack")
 def _(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
     K, C, R, S = weight.shape
-    depth = -(-C * R * S // 16) * 16 if tile == 0 else PRODUCTS[tile] ** 2 * (-(-C // 16) * 16)
-    return weight.new_empty(-(-K // 32) * 32 * (depth + 1))
+    columns, depth = K, _round_up(C, 16)
+    if tile == 0:
+        depth = _round_up(C * R * S, 16)
+    elif tile == LINE:
+        columns, depth = -(-R * S // 5) * K, 9 * depth
+    else:
+        depth = PRODUCTS[tile] ** 2 * depth
+    return weight.new_empty(_round_up(columns, 32) * depth + _round_up(K, 32))
 
 
 @torch.library.register_fake("fastseg::conv_engine")
