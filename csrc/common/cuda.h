@@ -140,6 +140,8 @@ __device__ __forceinline__ void for_each_in_rows(int64_t outers, int rows, int i
 
 inline cudaStream_t current_stream(const torch::stable::Tensor&) { return nullptr; }
 
+inline bool is_capturing(cudaStream_t) { return false; }
+
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor&) {}
   ~DeviceGuard() {}  // not trivial, so that an unused guard draws no warning
@@ -170,6 +172,13 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// Whether the stream is recording a CUDA graph, so that nothing may wait for it.
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), "stream capture query");
+  return status != cudaStreamCaptureStatusNone;
 }
 
 // Makes x's device the current one for the guard's lifetime.

@@ -98,42 +98,6 @@ struct SimplexKey {
   }
 };
 
-// Bounds of cell[j] = round(lifted[j] / (d + 1)) from bounds of the features.
-template <typename T>
-void cell_bounds(int d, const T* low, const T* high, double* cell_low, double* cell_high) {
-  T scale[kMaxFeatures];
-  lattice_scale(d, scale);
-  double sum_low = 0, sum_high = 0;
-  for (int j = d; j >= 0; --j) {
-    const double t_low = j > 0 ? static_cast<double>(low[j - 1]) * scale[j - 1] : 0;
-    const double t_high = j > 0 ? static_cast<double>(high[j - 1]) * scale[j - 1] : 0;
-    cell_low[j] = (sum_low - j * t_high) / (d + 1);
-    cell_high[j] = (sum_high - j * t_low) / (d + 1);
-    sum_low += t_low;
-    sum_high += t_high;
-  }
-}
-
-// Lays out the key fields. A margin of 3 cells holds simplex corners, blur neighbours and rounding.
-// Returns the number of bits.
-template <typename Key>
-int make_fields(int d, const double* cell_low, const double* cell_high, KeyFields<Key>* fields) {
-  int bits = 1;
-  while ((1 << bits) <= d) ++bits;
-  fields->d = d;
-  for (int j = 1; j <= d; ++j) {
-    fields->low[j] = static_cast<int64_t>(std::floor(cell_low[j])) - 3;
-    const int64_t range = static_cast<int64_t>(std::ceil(cell_high[j])) + 3 - fields->low[j];
-    fields->shift[j] = bits;
-    if (bits < static_cast<int>(8 * sizeof(Key))) fields->unit[j] = Key(1) << bits;
-    fields->all_units += fields->unit[j];
-    int width = 1;
-    while (range >> width != 0) ++width;
-    bits += width;
-  }
-  return bits;
-}
-
 // What the tiles of one task found; tasks are joined in order.
 template <typename Key>
 struct TaskOutput {
@@ -502,19 +466,8 @@ void build_lattice(const T* features, int64_t d, int64_t height, int64_t width,
     }
   });
   double cell_low[kMaxFeatures + 1], cell_high[kMaxFeatures + 1];
-  for (int64_t k = 0; k < d; ++k) {
-    FASTSEG_CHECK(finite[static_cast<size_t>(k)],
-                  "permutohedral lattice: features must be finite, feature ", k,
-                  " has NaN or infinity");
-  }
-  cell_bounds(static_cast<int>(d), low.data(), high.data(), cell_low, cell_high);
-  for (int64_t j = 0; j <= d; ++j) {
-    const double limit = sizeof(T) == 4 ? kLargestCell<float> : 1 << 30;
-    FASTSEG_CHECK(std::max(-cell_low[j], cell_high[j]) < limit,
-                  "permutohedral lattice: features are too large for their dtype: divide them by "
-                  "larger standard deviations (a lifted coordinate reaches ",
-                  std::max(-cell_low[j], cell_high[j]), " cells, limit ", limit, ")");
-  }
+  checked_cell_bounds(static_cast<int>(d), low.data(), high.data(), finite.data(), cell_low,
+                      cell_high);
   KeyFields<uint64_t> fields;
   if (make_fields(static_cast<int>(d), cell_low, cell_high, &fields) <= 64) {
     Builder<uint64_t, T>(features, d, height, width, fields).build(normalization, allocate);

@@ -364,7 +364,7 @@ void run_block(Grid& grid, Stacks& stacks, uint64_t number) {
   block.warps.resize((threads + 31) / 32);
   block.running = threads;
   static const char dynamic_site = 0;
-  if (grid.dynamic_bytes > 0) new_shared(block, &dynamic_site, grid.dynamic_bytes);
+  new_shared(block, &dynamic_site, grid.dynamic_bytes);
 #if defined(FASTSEG_TSAN)
   block.scheduler_tsan = __tsan_get_current_fiber();
 #endif
@@ -490,11 +490,7 @@ void* static_shared(const void* site, size_t bytes) {
   return data;
 }
 
-void* dynamic_shared() {
-  Block& block = *current->block;
-  if (block.grid->dynamic_bytes == 0) fail("dynamic shared memory used but none was requested");
-  return block.shared.front().data;
-}
+void* dynamic_shared() { return current->block->shared.front().data; }
 
 bool is_shared(const void* address, size_t bytes) {
   const char* p = static_cast<const char*>(address);

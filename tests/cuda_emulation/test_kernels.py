@@ -51,6 +51,24 @@ def training(ops, channels, layout, dtype, residual, slope=0.0):
     return [z, mean, var, *grads, ops.conv_act(x, weight, scale.to(dtype), r, *geometry, slope)]
 
 
+def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0):
+    """Two lattices, their filter and its adjoint, and three updates of the dense CRF."""
+    height, width = 6, 11
+    lattices = []
+    for features, normalization in ((d, 3), (2, 2)):
+        f = torch.rand(1, features, height * width, dtype=dtype) * spread
+        lattices += ops.permutohedral_build(f, height, width, normalization)
+    unary = torch.rand(1, labels, height * width, dtype=dtype)
+    coefficients = [torch.rand(labels, dtype=dtype), torch.rand(labels, labels, dtype=dtype)]
+    coefficients[1] = coefficients[1] + coefficients[1].T if full else coefficients[0]
+    return [
+        ops.permutohedral_filter(unary, lattices[:1], False),
+        ops.permutohedral_filter(unary, lattices[1:], True),
+        ops.dense_crf(unary, None, lattices, [1, 1], coefficients, height, width, 3, False),
+        ops.dense_crf(unary, unary, lattices, [1, 1], coefficients, height, width, 1, True),
+    ]
+
+
 CASES = {
     "pool 2x2 nhwc": lambda ops: pooling(ops, (2, 16, 6, 8), torch.float16, LAST, (2, 2, 0)),
     "pool 2x2 nhwc packed": lambda ops: pooling(
@@ -69,6 +87,11 @@ CASES = {
     "pool 3x3 nhwc": lambda ops: pooling(ops, (2, 8, 9, 7), torch.float16, LAST, (3, 2, 1)),
     "pool 3x3 nchw": lambda ops: pooling(ops, (2, 3, 9, 7), torch.bfloat16, CPU, (3, 2, 1)),
     "pool 5x5 nhwc": lambda ops: pooling(ops, (1, 9, 8, 9), torch.float32, LAST, (5, 3, 2)),
+    "crf": lambda ops: crf(ops, 5, False),
+    "crf, full matrix": lambda ops: crf(ops, 21, True),
+    "crf, heavy vertices": lambda ops: crf(ops, 2, True, d=3, spread=0.01),
+    "crf, many labels": lambda ops: crf(ops, 150, False, torch.float64),
+    "crf, wide keys": lambda ops: crf(ops, 3, False, d=16, spread=60.0),
     "batch norm nhwc": lambda ops: training(ops, 16, LAST, torch.float32, True),
     "batch norm nhwc ragged": lambda ops: training(ops, 11, LAST, torch.float16, False, 0.1),
     "batch norm nchw": lambda ops: training(ops, 3, CPU, torch.bfloat16, True, 0.1),

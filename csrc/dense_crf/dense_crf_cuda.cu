@@ -1,0 +1,268 @@
+// Mean field of the dense CRF on CUDA. Beliefs are rows (points, width). Each update blurs them on
+// every lattice; then one kernel does all that happens to a point: gather from each lattice, add
+// the messages to the energies, soft-max. Nothing waits for the host, so the updates can be
+// captured in a CUDA graph.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common/cuda.h"
+#include "permutohedral/lattice_cuda.h"
+
+namespace fastseg {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxTerms = 8;
+
+// What the update reads of one pairwise term.
+template <typename T>
+struct Message {
+  const int32_t* vertex;
+  const T* weight;
+  const T* after;
+  const T* values;        // blurred rows
+  const T* coefficients;  // (L) or (L, L)
+  T gain;
+  int d;
+  bool full;
+};
+
+template <typename T>
+struct Messages {
+  int count = 0;
+  Message<T> term[kMaxTerms];
+};
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// beliefs = soft-max(energies + messages), `energies` being negative. `lanes` threads of a warp
+// share a point; each has kPer groups of 4 channels. Dynamic shared memory, where a term has a full
+// matrix: one row of `groups` * 4 per point of the block. `invalid`, if not null, becomes 1 where
+// an energy is NaN or -inf, or all of a point are inf.
+template <typename T, int kPer>
+__global__ void __launch_bounds__(kThreads, 1)
+    update(Messages<T> messages, int64_t points, int labels, int groups, int lanes,
+           const T* energies, T* beliefs, int32_t* invalid) {
+  FASTSEG_DYNAMIC_SHARED(shared);
+  const int local = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const int64_t wanted = int64_t{blockIdx.x} * (kThreads / lanes) + local;
+  const int64_t point = wanted < points ? wanted : points - 1;  // whole warps meet in the shuffles
+  T logits[kPer][4];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int group = i * lanes + lane;
+    if (group < groups) {
+      load_vector(energies + (point * groups + group) * 4, logits[i]);
+    } else {
+      for (int c = 0; c < 4; ++c) logits[i][c] = -kInfinity<T>;
+    }
+  }
+  for (int t = 0; t < messages.count; ++t) {
+    const Message<T>& m = messages.term[t];
+    const T scale = m.after[point] * m.gain;
+    T* row = reinterpret_cast<T*>(shared) + local * groups * 4;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int group = i * lanes + lane;
+      if (group >= groups) continue;
+      T sum[4] = {};
+      for (int r = 0; r <= m.d; ++r) {
+        const int64_t corner = point * (m.d + 1) + r;
+        T value[4];
+        load_vector(m.values + (int64_t{m.vertex[corner]} * groups + group) * 4, value);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[c] += m.weight[corner] * value[c];
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (m.full) {
+          row[group * 4 + c] = sum[c] * scale;
+        } else if (group * 4 + c < labels) {
+          logits[i][c] += m.coefficients[group * 4 + c] * (sum[c] * scale);
+        }
+      }
+    }
+    if (!m.full) continue;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int label = (i * lanes + lane) * 4 + c;
+        if (label >= labels) continue;
+        T sum = 0;
+        for (int other = 0; other < labels; ++other) {
+          sum += m.coefficients[label * labels + other] * row[other];
+        }
+        logits[i][c] += sum;
+      }
+    }
+    __syncwarp();  // before the next term overwrites the row
+  }
+  T most = -kInfinity<T>;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) most = logits[i][c] > most ? logits[i][c] : most;
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, most, step);
+    most = other > most ? other : most;
+  }
+  if (invalid != nullptr) {
+    bool valid = most > -kInfinity<T>;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) valid = valid && logits[i][c] < kInfinity<T>;
+    }
+    if (!valid) atomicOr(invalid, 1);
+  }
+  T sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      logits[i][c] = exp(logits[i][c] - most);
+      sum += logits[i][c];
+    }
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (wanted >= points) return;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int group = i * lanes + lane;
+    if (group >= groups) continue;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) logits[i][c] /= sum;
+    store_vector(beliefs + (point * groups + group) * 4, logits[i]);
+  }
+}
+
+// rows (points, width) -> (points, labels).
+template <typename T>
+__global__ void drop_padding(const T* rows, int64_t count, int labels, int width, T* out) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < count) out[i] = rows[i / labels * width + i % labels];
+}
+
+template <typename T>
+void launch_update(const Messages<T>& messages, int64_t points, int labels, int width,
+                   const T* energies, T* beliefs, int32_t* invalid, cudaStream_t stream) {
+  const int groups = width / 4;
+  int lanes = 1;
+  while (lanes < 32 && lanes < groups) lanes *= 2;
+  const int per_block = kThreads / lanes;
+  bool full = false;
+  for (int t = 0; t < messages.count; ++t) full |= messages.term[t].full;
+  const size_t shared = full ? sizeof(T) * width * per_block : 0;
+  auto* kernel = groups <= 32 ? &update<T, 1> : groups <= 64 ? &update<T, 2> : &update<T, 8>;
+  launch(kernel, static_cast<unsigned>(ceil_div<int64_t>(points, per_block)), kThreads, shared,
+         stream, messages, points, labels, groups, lanes, energies, beliefs, invalid);
+}
+
+// See dense_crf_cpu. Energies are only checked, which waits for the stream, outside graph capture.
+Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
+                      std::vector<Tensor> lattices, std::vector<int64_t> lattice_counts,
+                      std::vector<Tensor> coefficients, int64_t height, int64_t width,
+                      int64_t iterations, bool point_major) {
+  FASTSEG_CHECK(unary.dim() == 3 && unary.is_contiguous(),
+                "dense_crf: unary must be contiguous with shape (B, L, N)");
+  const int64_t batch = unary.size(0), labels = unary.size(1), points = unary.size(2);
+  FASTSEG_CHECK(labels >= 1 && labels <= 1024 && iterations >= 0,
+                "dense_crf: on CUDA, needs 1 to 1024 labels and iterations >= 0, got ", labels,
+                " labels");
+  FASTSEG_CHECK(height * width == points, "dense_crf: height * width must be N = ", points);
+  FASTSEG_CHECK(!start || (start->is_contiguous() && start->numel() == unary.numel() &&
+                           start->scalar_type() == unary.scalar_type()),
+                "dense_crf: start must have the shape and dtype of unary");
+  FASTSEG_CHECK(lattice_counts.size() == coefficients.size() && coefficients.size() <= kMaxTerms,
+                "dense_crf: needs one coefficient tensor per term, and on CUDA at most ", kMaxTerms,
+                " terms, got ", coefficients.size());
+  const DeviceGuard guard(unary);
+  Tensor out = point_major ? torch::stable::new_empty(unary, {batch, points, labels})
+                           : torch::stable::empty_like(unary);
+  if (out.numel() == 0) return out;
+  const int row = static_cast<int>(cuda_row_width(labels));
+  const Tensor invalid = torch::stable::new_zeros(unary, {1}, ScalarType::Int);
+  dispatch_lattice_cuda(unary, "dense_crf", [&](auto tag) {
+    using T = decltype(tag);
+    const cudaStream_t stream = current_stream(unary);
+    Tensor energy_memory = cuda_workspace<T>(unary, points * row);
+    Tensor belief_memory = cuda_workspace<T>(unary, points * row);
+    T* energies = energy_memory.mutable_data_ptr<T>();
+    T* beliefs = belief_memory.mutable_data_ptr<T>();
+    for (int64_t b = 0; b < batch; ++b) {
+      std::vector<CudaLattice<T>> terms;
+      std::vector<Tensor> work;
+      Messages<T> messages;
+      size_t first = 0;
+      for (size_t k = 0; k < coefficients.size(); ++k) {
+        const Tensor& c = coefficients[k];
+        FASTSEG_CHECK(lattice_counts[k] == 1 || lattice_counts[k] == batch,
+                      "dense_crf: a term needs 1 or B lattices, got ", lattice_counts[k]);
+        FASTSEG_CHECK(
+            c.is_contiguous() && c.scalar_type() == unary.scalar_type() &&
+                (c.dim() == 1 || c.dim() == 2) && c.size(0) == labels &&
+                c.size(c.dim() - 1) == labels,
+            "dense_crf: coefficients must have shape (L) or (L, L) and the dtype of unary");
+        const size_t at = first + (lattice_counts[k] == 1 ? 0 : static_cast<size_t>(b));
+        first += static_cast<size_t>(lattice_counts[k]);
+        FASTSEG_CHECK(first <= lattices.size(), "dense_crf: lattice_counts must add up to ",
+                      lattices.size());
+        terms.push_back(cuda_lattice<T>("dense_crf", lattices[at], points));
+        const CudaLattice<T>& lattice = terms.back();
+        work.push_back(cuda_workspace<T>(unary, blur_rows(lattice) * row));
+        messages.term[messages.count++] = {
+            lattice.vertex, lattice.weight,        lattice.after,
+            nullptr,        c.const_data_ptr<T>(), static_cast<T>(lattice_gain(lattice.d)),
+            lattice.d,      c.dim() == 2,
+        };
+      }
+      const int64_t offset = b * labels * points;
+      planes_to_rows(unary.const_data_ptr<T>() + offset, points, labels, row, T(-1), -kInfinity<T>,
+                     energies, stream);
+      launch_update(Messages<T>{}, points, static_cast<int>(labels), row, energies, beliefs,
+                    static_cast<int32_t*>(invalid.mutable_data_ptr()), stream);
+      if (start) {
+        planes_to_rows(start->const_data_ptr<T>() + offset, points, labels, row, T(1), T(0),
+                       beliefs, stream);
+      }
+      for (int64_t step = 0; step < iterations; ++step) {
+        for (size_t k = 0; k < terms.size(); ++k) {
+          messages.term[k].values = splat_and_blur(terms[k], static_cast<const T*>(beliefs), row,
+                                                   false, work[k].mutable_data_ptr<T>(), stream);
+        }
+        launch_update(messages, points, static_cast<int>(labels), row, energies, beliefs, nullptr,
+                      stream);
+      }
+      T* result = out.mutable_data_ptr<T>() + offset;
+      if (point_major) {
+        const int64_t count = points * labels;
+        launch(drop_padding<T>, static_cast<unsigned>(ceil_div<int64_t>(count, kThreads)), kThreads,
+               0, stream, beliefs, count, static_cast<int>(labels), row, result);
+      } else {
+        rows_to_planes(static_cast<const T*>(beliefs), points, labels, row, result, stream);
+      }
+    }
+  });
+  if (is_capturing(current_stream(unary))) return out;
+  const Tensor found =
+      torch::stable::to(invalid, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  FASTSEG_CHECK(*static_cast<const int32_t*>(found.const_data_ptr()) == 0,
+                "dense_crf: unary must hold no NaN or -inf, and a finite energy for some label of "
+                "every point");
+  return out;
+}
+
+}  // namespace
+
+FASTSEG_CUDA_IMPL(m) { m.impl("dense_crf", TORCH_BOX(&dense_crf_cuda)); }
+
+}  // namespace fastseg
