@@ -47,7 +47,7 @@ def optimize(
         raise ValueError(f"optimize: dtype must be torch.float32, got {dtype}")
     if accuracy not in ("default", "strict"):
         raise ValueError(f'optimize: accuracy must be "default" or "strict", got {accuracy!r}')
-    return _optimize(copy.deepcopy(model), accuracy).eval()
+    return _optimize(_inference_form(copy.deepcopy(model)), accuracy).eval()
 
 
 def explain(model: nn.Module) -> str:
@@ -61,6 +61,16 @@ def explain(model: nn.Module) -> str:
         elif isinstance(module, nn.BatchNorm2d):
             lines.append(f"{name}: left to torch, not behind a convolution of its own")
     return "\n".join(lines)
+
+
+def _inference_form(module: nn.Module) -> nn.Module:
+    """``module`` with every part replaced that has its own form for inference."""
+    form = getattr(module, "inference_form", None)
+    if form is not None:
+        return form()
+    for name, child in module.named_children():
+        setattr(module, name, _inference_form(child))
+    return module
 
 
 def _optimize(module: nn.Module, accuracy: str) -> nn.Module:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import ConvBNReLU2d, PyramidPooling
+from ..nn import ConvBNReLU2d, PyramidConv2d, PyramidPooling
+from ..nn.pyramid_pooling import pyramid_conv, pyramid_weight
 from .common import SimpleSegmentationModel
 from .fcn import FCNHead
 from .registry import Paper, register
@@ -48,8 +51,39 @@ class PSPHead(nn.Module):
         self.score = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bottleneck(self.ppm(x))  # (N, 512, h, w) from (N, 4096, h, w)
+        # bottleneck(ppm(x)), with the convolution split into its part on x and its part on the
+        # grids, which is all but free before they are resized.
+        C, size = x.shape[1], x.shape[-2:]
+        conv, bn = self.bottleneck.conv, self.bottleneck.bn
+        grids = self.ppm.grids(x)
+        weight = pyramid_weight(conv.weight[:, C:], len(grids))
+        y = pyramid_conv(grids, weight, 3, size, self.ppm.align_corners)
+        y = F.relu(bn(y + F.conv2d(x, conv.weight[:, :C], padding=1)))  # (N, 512, h, w)
         return self.score(self.dropout(y))  # (N, classes, h, w)
+
+    def inference_form(self) -> nn.Module:
+        """The same for :func:`fastseg.optimize`, with the weights of both parts prepared."""
+        return _PSPHeadForInference(self)
+
+
+class _PSPHeadForInference(nn.Module):
+    def __init__(self, head: PSPHead):
+        super().__init__()
+        conv: Any = head.bottleneck.conv
+        bn: Any = head.bottleneck.bn
+        bins = head.ppm.bins
+        channels = conv.in_channels - len(bins) * conv.out_channels
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        self.ppm = head.ppm
+        self.local = ConvBNReLU2d(channels, conv.out_channels, 3, padding=1, eps=bn.eps).eval()
+        self.local.conv.weight = nn.Parameter(conv.weight.detach()[:, :channels].clone())
+        self.local.bn = bn
+        grid_weight = conv.weight[:, channels:] * scale[:, None, None, None]
+        self.grid_conv = PyramidConv2d(grid_weight, bins, head.ppm.align_corners)
+        self.score = head.score
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.local(x, self.grid_conv(self.ppm.grids(x), x.shape[-2:])))
 
 
 def pspnet(

@@ -5,7 +5,7 @@ from .conv_bn import ConvBNReLU2d
 from .crf import DenseCRF
 from .global_conv import GlobalConv2d
 from .pooling import MaxPool2d, MaxUnpool2d
-from .pyramid_pooling import PyramidPooling
+from .pyramid_pooling import PyramidConv2d, PyramidPooling
 
 __all__ = [
     "ASPP",
@@ -14,5 +14,6 @@ __all__ = [
     "GlobalConv2d",
     "MaxPool2d",
     "MaxUnpool2d",
+    "PyramidConv2d",
     "PyramidPooling",
 ]

@@ -43,13 +43,81 @@ class PyramidPooling(nn.Module):
         channels = out_channels or in_channels // len(self.bins)
         self.branches = nn.ModuleList(ConvBNReLU2d(in_channels, channels, 1) for _ in self.bins)
 
-    def forward(self, x: Tensor) -> Tensor:
-        maps = [x]
+    def grids(self, x: Tensor) -> list[Tensor]:
+        """The reduced grids before resizing, (N, out_channels, bin, bin) each."""
+        grids = []
         for size, reduce in zip(self.bins, self.branches, strict=True):
             if size == 1:
                 check_pooled_batch("PyramidPooling", x, reduce)
-            y = reduce(F.adaptive_avg_pool2d(x, size))  # (N, out_channels, size, size)
-            maps.append(
-                F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=self.align_corners)
-            )
-        return torch.cat(maps, 1)
+            grids.append(reduce(F.adaptive_avg_pool2d(x, size)))
+        return grids
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        maps = [
+            F.interpolate(grid, size, mode="bilinear", align_corners=self.align_corners)
+            for grid in self.grids(x)
+        ]
+        return torch.cat([x, *maps], 1)
+
+
+class PyramidConv2d(nn.Module):
+    """The convolution of resized and concatenated grids, without resizing or concatenating them.
+
+    Resizing is linear, so each tap of the convolution applies to the few values of a grid, and the
+    results are spread over the map: for PSPNet's head a 3x3 convolution over 2048 channels and
+    60 x 60 pixels becomes one over 50. Equivalent, up to rounding, to::
+
+        maps = [F.interpolate(g, size, mode="bilinear", align_corners=...) for g in grids]
+        F.conv2d(torch.cat(maps, 1), weight, padding=k // 2)
+
+    Args:
+        weight: (O, C, k, k), k odd; C is split equally among the grids.
+        bins: grid sizes.
+        align_corners: of the resizing.
+
+    Shapes: grids of (N, C / len(bins), bin, bin) and size (H, W) -> (N, O, H, W).
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bins: Sequence[int], align_corners: bool = True) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+        self.align_corners = align_corners
+        self.out_channels, _, self.kernel_size, _ = weight.shape
+        self.register_buffer("weight", pyramid_weight(weight.detach(), len(bins)), persistent=False)
+
+    def forward(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        return pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
+
+
+def pyramid_weight(weight: Tensor, grids: int) -> Tensor:
+    """(O, C, k, k) as one matrix per grid, (grids, O * k * k, C / grids)."""
+    O, C, k, _ = weight.shape
+    return weight.view(O, grids, C // grids, k * k).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def pyramid_conv(
+    grids: Sequence[Tensor], weight: Tensor, k: int, size: Sequence[int], align_corners: bool
+) -> Tensor:
+    """:class:`PyramidConv2d` with a weight from :func:`pyramid_weight`; channels last."""
+    H, W = size
+    values, spread = [], []
+    for grid, w in zip(grids, weight, strict=True):
+        N, _, b, _ = grid.shape
+        values.append((w @ grid.flatten(2)).view(N, -1, k * k * b * b))  # (N, O, taps * cells)
+        rows = _taps(H, b, k, align_corners, grid)[:, None, :, None, :, None]
+        columns = _taps(W, b, k, align_corners, grid)[None, :, None, :, None, :]
+        spread.append((rows * columns).view(H * W, -1))
+    y = torch.cat(spread, 1) @ torch.cat(values, 2).transpose(1, 2)  # (N, H * W, O)
+    return y.transpose(1, 2).unflatten(2, (H, W))
+
+
+def _taps(n: int, bins: int, k: int, align_corners: bool, like: Tensor) -> Tensor:
+    """(n, k, bins): what each of ``bins`` values contributes to each of n pixels when resized and
+    then seen by each tap of a convolution, which sees zeros outside."""
+    one = torch.eye(bins, dtype=like.dtype, device=like.device)
+    resized = F.interpolate(one[None], n, mode="linear", align_corners=align_corners)
+    padded = F.pad(resized[0].T, (0, 0, k // 2, k // 2))
+    return torch.stack([padded[tap : tap + n] for tap in range(k)], 1)
