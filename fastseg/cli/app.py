@@ -4,6 +4,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastseg.cli.info import info
+from fastseg.cli.models import models
 from fastseg.cli.segment import segment
 
 
@@ -31,4 +32,5 @@ def _root() -> None:
 
 
 app.command()(segment)
+app.command()(models)
 app.command()(info)

@@ -32,6 +32,7 @@ from .fcn import (
     fcn_resnet50,
     fcn_resnet101,
 )
+from .flow import Layer, trace
 from .gcn import GCN, gcn_resnet50, gcn_resnet101, gcn_resnet152
 from .pspnet import pspnet_resnet50, pspnet_resnet101
 from .refinenet import RefineNet, refinenet_resnet50, refinenet_resnet101, refinenet_resnet152
@@ -52,6 +53,7 @@ __all__ = [
     "DeepLabV3",
     "DeepLabV3Cascade",
     "Dilated",
+    "Layer",
     "ModelInfo",
     "Paper",
     "RefineNet",
@@ -100,6 +102,7 @@ __all__ = [
     "register",
     "segnet_basic",
     "segnet_vgg16",
+    "trace",
     "u2net",
     "u2netp",
     "unet",
