@@ -15,13 +15,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/host_device.h"
 #include "common/layout.h"
-
-#if defined(__CUDACC__)
-#define FASTSEG_HOST_DEVICE __host__ __device__
-#else
-#define FASTSEG_HOST_DEVICE
-#endif
 
 namespace fastseg {
 
@@ -48,7 +43,7 @@ struct Taps {
   int first, end;
   FASTSEG_HOST_DEVICE int count() const { return end - first; }
 };
-FASTSEG_HOST_DEVICE inline Taps taps_inside(const WindowAxis& axis, int window) {
+FASTSEG_HOST_DEVICE Taps taps_inside(const WindowAxis& axis, int window) {
   const int start = axis.start(window), room = axis.size - start;
   return {start < 0 ? -start : 0, room < axis.kernel ? room : axis.kernel};
 }
@@ -82,7 +77,7 @@ struct Pool2d {
 // Whether a window after (oh, ow), in row-major order, names the same pixel. code(oh, ow) is the
 // index of a window of this channel.
 template <typename Code>
-FASTSEG_HOST_DEVICE inline bool is_overwritten(const Pool2d& p, const Code& code, int oh, int ow) {
+FASTSEG_HOST_DEVICE bool is_overwritten(const Pool2d& p, const Code& code, int oh, int ow) {
   const int ih = p.rows.start(oh) + code(oh, ow) / p.cols.kernel;
   const int iw = p.cols.start(ow) + code(oh, ow) % p.cols.kernel;
   for (int a = oh; a <= p.rows.last(ih); ++a) {

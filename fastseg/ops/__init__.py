@@ -16,6 +16,12 @@ from .permutohedral import (
     permutohedral_filter,
     permutohedral_filter_reference,
 )
+from .upsample import (
+    upsample_argmax,
+    upsample_argmax_reference,
+    upsample_softmax,
+    upsample_softmax_reference,
+)
 
 __all__ = [
     "PackedConv",
@@ -38,4 +44,8 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_filter_reference",
     "to_torch_indices",
+    "upsample_argmax",
+    "upsample_argmax_reference",
+    "upsample_softmax",
+    "upsample_softmax_reference",
 ]

@@ -1,0 +1,45 @@
+// Where bilinear resizing reads, in the arithmetic of PyTorch's upsample_bilinear2d: the labels of
+// two nearly equal logits depend on the last bit. Shared by the CPU and the CUDA kernels.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fastseg {
+
+// Output position i of an axis is in[i0] * w0 + in[i1] * w1.
+template <typename acc>
+struct Tap {
+  int64_t i0, i1;
+  acc w0, w1;
+};
+
+// One axis, rows or columns, resized from `in` to `out` positions.
+struct ResizeAxis {
+  int64_t in, out;
+  bool align_corners;
+
+  // `fused`: PyTorch's builds for AVX2 and later and for CUDA round the source position once.
+  template <typename acc>
+  FASTSEG_HOST_DEVICE Tap<acc> tap(int64_t i, bool fused) const {
+    if (in == out) return {i, i, acc{1}, acc{0}};
+    const acc half = static_cast<acc>(0.5), at = static_cast<acc>(i);
+    acc source;
+    if (align_corners) {
+      source = (out > 1 ? static_cast<acc>(in - 1) / static_cast<acc>(out - 1) : acc{0}) * at;
+    } else {
+      const acc scale = static_cast<acc>(in) / static_cast<acc>(out);
+      source = fused ? std::fma(scale, at + half, -half) : scale * (at + half) - half;
+      source = source < 0 ? acc{0} : source;
+    }
+    int64_t i0 = static_cast<int64_t>(source);  // not negative: the cast rounds down
+    i0 = i0 < in - 1 ? i0 : in - 1;
+    acc w1 = source - static_cast<acc>(i0);
+    w1 = w1 < 0 ? acc{0} : w1 > 1 ? acc{1} : w1;
+    return {i0, i0 + (i0 < in - 1), acc{1} - w1, w1};
+  }
+};
+
+}  // namespace fastseg
