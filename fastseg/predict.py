@@ -28,7 +28,7 @@ TTA_KINDS = ("flip", "ms")
 _SCALES = (0.75, 1.0, 1.25)  # what "ms" averages over
 _WHOLE_PIXELS = 4_000_000  # larger photos go through a network without a fixed input size in tiles
 _TILE = 1024  # side of those tiles
-_CRF_PIXELS = 4_000_000  # larger photos are refined at this size
+_CRF_PIXELS = 4_000_000  # larger photos are segmented at this size where a CRF refines
 _MIN_SIDE = 64  # smaller photos are padded, so that the coarsest feature map has some pixels
 
 
@@ -66,7 +66,7 @@ class Predictor:
         crf: refines the probabilities: "default", with the parameters that the model card gives;
             a preset of :class:`fastseg.nn.DenseCRF`; or a module that maps probabilities
             (1, L, H, W) and the photo (1, 3, H, W), 0 to 255, to probabilities. Photos of more
-            than 4 million pixels are refined at that size.
+            than 4 million pixels are then segmented at that size.
         device: "auto" takes the GPU if torch and fastseg both have kernels for it.
         classes, mean, std, size: override what the model card says (:class:`ModelCard`).
         tile: side in pixels of square windows that the photo is cut into, whose probabilities are
@@ -144,27 +144,30 @@ class Predictor:
             image = read_image(photo)
         H, W = image.shape[:2]
         x = self._to_batch(image)
+        size: Sequence[int] = x.shape[-2:]  # of the photo, or more where it has a border
+        if self.crf:
+            x = _at_most(x, _CRF_PIXELS)
         tile = self._tile_side(x)
         probs: Callable[[], Tensor]
         if tile or self.crf or len(self._views) > 1:
             p = self._in_tiles(x, tile, timings) if tile else self._mean_of_views(x, timings)
-            p = p[..., :H, :W]
             if self.crf:
                 with self._timed(timings, "crf"):
-                    p = self._refine(p, x[..., :H, :W])
-            labels, L = p.argmax(1), p.shape[1]
-            probs = lambda: p  # noqa: E731
+                    p = self._refine(p[..., :H, :W], x[..., :H, :W])
+                size = H, W
+            maps, corners = p, False
+            probs = lambda: resize(p, size, False)  # noqa: E731
         else:  # labels straight from the scores, probabilities only when somebody asks for them
-            scores = self._scores(x, timings)
-            with self._timed(timings, "upsample"):
-                labels = self._resize(scores, x).argmax(1)
-            L = scores.shape[1]
-            probs = lambda: self._resize(scores, x).softmax(1)  # noqa: E731
-        names = self.card.classes or tuple(map(str, range(L)))
-        if len(names) != L or L > 256:
+            maps = scores = self._scores(x, timings)
+            corners = self._align_corners
+            probs = lambda: resize(scores, size, corners).softmax(1)  # noqa: E731
+        with self._timed(timings, "upsample"):
+            labels = resize(maps, size, corners).argmax(1)
+        names = self.card.classes or tuple(map(str, range(maps.shape[1])))
+        if len(names) != maps.shape[1] or len(names) > 256:
             raise ValueError(
-                f"Predictor: a network of {L} classes needs {L} names and at most 256 classes, "
-                f"got {len(names)} names"
+                "Predictor: classes must be one name for each of at most 256 classes, "
+                f"got {len(names)} names for {maps.shape[1]} classes"
             )
         return Segmentation(
             image,
@@ -207,13 +210,15 @@ class Predictor:
 
     def _mean_of_views(self, x: Tensor, timings: dict[str, float]) -> Tensor:
         """x (1, 3, h, w) uint8 -> (1, L, h, w) probabilities, mean over the augmentations."""
-        total = torch.zeros((), device=self.device)
+        total: Tensor | None = None
         for scale, flip in self._views:
             scores = self._scores(x, timings, scale, flip)
             with self._timed(timings, "upsample"):
-                p = self._resize(scores, x).softmax(1)
-                total = total + (p.flip(-1) if flip else p)
-        return total / len(self._views)
+                p = resize(scores, x.shape[-2:], self._align_corners).softmax(1)
+                p = p.flip(-1) if flip else p
+                total = p if total is None else total.add_(p)
+        assert total is not None
+        return total.div_(len(self._views))
 
     def _scores(
         self, x: Tensor, timings: dict[str, float], scale: float = 1.0, flip: bool = False
@@ -229,21 +234,10 @@ class Predictor:
             y = self._run(x)
             return F.pad(y, (0, 0, 0, 0, 1, 0)) if y.shape[1] == 1 else y  # logits (0, y)
 
-    def _resize(self, scores: Tensor, x: Tensor) -> Tensor:
-        """Scores at the size of x (1, 3, H, W)."""
-        return resize(scores, x.shape[-2:], self._align_corners)
-
     def _refine(self, p: Tensor, x: Tensor) -> Tensor:
         """p (1, L, H, W) probabilities refined on the photo x (1, 3, H, W) uint8."""
-        H, W = p.shape[-2:]
-        shrink = (_CRF_PIXELS / (H * W)) ** 0.5
-        if shrink < 1:
-            small = [max(1, int(side * shrink)) for side in (H, W)]
-            x = F.interpolate(x, small, mode="bilinear", antialias=True)
-            p = F.interpolate(p, small, mode="bilinear", antialias=True)
         assert self.crf is not None
-        p = self.crf(p.to(self.device), x.to(self.device).float())
-        return F.interpolate(p, (H, W), mode="bilinear") if shrink < 1 else p
+        return self.crf(p.to(self.device), x.to(self.device).float())
 
     @contextmanager
     def _timed(self, timings: dict[str, float], stage: str) -> Iterator[None]:
@@ -284,6 +278,16 @@ def _load(
             mean, std = (tuple(v / 255 for v in values) for values in (loaded.mean, loaded.std))
             card = replace(card, mean=mean, std=std)
     return network, card
+
+
+def _at_most(x: Tensor, pixels: int) -> Tensor:
+    """x (1, 3, H, W) uint8, shrunk to this many pixels if it has more."""
+    H, W = x.shape[-2:]
+    shrink = (pixels / (H * W)) ** 0.5
+    if shrink >= 1:
+        return x
+    small = [max(1, int(side * shrink)) for side in (H, W)]
+    return F.interpolate(x, small, mode="bilinear", antialias=True)
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:

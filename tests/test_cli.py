@@ -120,6 +120,7 @@ def photos(tmp_path):
     Image.fromarray(picture).convert("L").save(folder / "b.jpg")
     (folder / "c.jpg").write_bytes(b"damaged")
     (folder / "notes.txt").write_text("no picture")
+    (folder / "folder.png").mkdir()
     return folder
 
 

@@ -327,7 +327,7 @@ def test_bad_arguments(options, message, tmp_path):
 
 
 def test_wrong_number_of_class_names():
-    with pytest.raises(ValueError, match=r"a network of 3 classes needs 3 names .* got 2 names"):
+    with pytest.raises(ValueError, match=r"one name for each .* got 2 names for 3 classes"):
         Predictor(Brighter(), classes=("a", "b"))(steps(64, 64)[0])
 
 

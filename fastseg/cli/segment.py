@@ -118,7 +118,9 @@ def _jobs(photos: list[Path], out: Path, kinds: list[str]) -> list[tuple[Path, s
     files: list[Path] = []
     for photo in photos:
         if photo.is_dir():
-            inside = sorted(p for p in photo.iterdir() if PICTURE_NAME.search(p.name))
+            inside = sorted(
+                p for p in photo.iterdir() if PICTURE_NAME.search(p.name) and not p.is_dir()
+            )
             if not inside:
                 raise ValueError(f"segment: there are no pictures in folder {photo}")
             files += inside
