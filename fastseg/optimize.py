@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .memory_plan import plan_memory
 from .nn.conv_bn import ConvBNReLU2d
 from .nn.packed import PackedConv2d, unsupported
 
@@ -86,6 +87,7 @@ def _optimize(module: nn.Module, accuracy: str) -> nn.Module:
             setattr(module, name, _optimize(child, accuracy))
         return module
     _Fusion(traced, accuracy).run()
+    plan_memory(traced)
     return traced
 
 

@@ -76,6 +76,9 @@ class PackedConv2d(nn.Module):
             "activation": activation,
             "negative_slope": negative_slope,
         }
+        self.place: Any = (
+            None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
+        )
         self._packed: dict[int, PackedConv] = {}
 
     def tile(self, x: Tensor) -> int:
@@ -99,9 +102,12 @@ class PackedConv2d(nn.Module):
             with torch.inference_mode(False):
                 packed = pack_conv(self.weight, self.bias, **self.options, tile=tile)
             self._packed[tile] = packed
-        if residual is not None and residual.shape != self.output_shape(x):  # it broadcasts
+        shape = self.output_shape(x)
+        if residual is not None and residual.shape != shape:  # it broadcasts
             y = conv_engine(x, replace(packed, activation="none")) + residual
             return activate(y, packed.activation, packed.negative_slope)
+        if out is None and self.place is not None:
+            out = self.place.image(shape)
         return conv_engine(x, packed, residual, out)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,192 @@
+"""Where the results of an optimised network's convolutions go: buffers that are used again.
+
+A fresh tensor of some megabytes is mapped, page-faulted and unmapped anew by every call: that is a
+tenth of a network's time. So each result that only the graph itself can see gets a slot of a buffer
+set, such that no two results alive at the same time share one; and convolutions that only feed a
+concatenation write to their channels of its result.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .nn.packed import PackedConv2d
+from .nn.pooling import MaxPool2d
+
+# What neither returns a view of its input nor writes to it.
+MODULES = (PackedConv2d, MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d)
+METHODS = ("mean", "size")
+
+
+class Buffers(threading.local):
+    """One set of flat tensors per thread, so that calls in several threads do not meet."""
+
+    def __init__(self) -> None:
+        self.flat: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> tuple:
+        return Buffers, ()  # copies start empty
+
+    def image(self, slot: int, shape: Sequence[int]) -> Tensor:
+        """A channels-last image (N, C, H, W) in this slot, with whatever values it has."""
+        N, C, H, W = shape
+        flat = self.flat.get(slot)
+        if flat is None or flat.numel() < N * C * H * W:
+            with torch.inference_mode(False):
+                flat = self.flat[slot] = torch.empty(N * C * H * W)
+        return flat.as_strided((N, C, H, W), (H * W * C, 1, W * C, C))
+
+
+class Place:
+    """A slot, or ``channels`` from ``offset`` on of the concatenation of ``total`` in it."""
+
+    def __init__(self, buffers: Buffers, slot: int, offset: int = 0, total: int | None = None):
+        self.buffers = buffers
+        self.slot = slot
+        self.offset = offset
+        self.total = total
+
+    def image(self, shape: Sequence[int]) -> Tensor:
+        N, C, H, W = shape
+        if self.total is None:
+            return self.buffers.image(self.slot, shape)
+        whole = self.buffers.image(self.slot, (N, self.total, H, W))
+        return whole[:, self.offset : self.offset + C]
+
+
+class Concat(nn.Module):
+    """``torch.cat(parts, 1)`` of maps of which some are in their place already."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        N, _, H, W = parts[0].shape
+        total = sum(part.shape[1] for part in parts)
+        if any(part.shape[::2] != (N, H) or part.shape[3] != W for part in parts):
+            return torch.cat(parts, 1)  # raises, as the sizes do not match
+        out = self.place.image((N, total, H, W))
+        for part, target in zip(parts, out.split([p.shape[1] for p in parts], 1), strict=True):
+            if part.data_ptr() != target.data_ptr():
+                target.copy_(part)
+        return out
+
+
+def plan_memory(traced: fx.GraphModule) -> None:
+    """Give the packed convolutions of this graph their places."""
+    graph, modules = traced.graph, dict(traced.named_modules())
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    buffers = Buffers()
+
+    def packed(node: fx.Node) -> PackedConv2d | None:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, PackedConv2d) else None
+
+    def stays_inside(node: fx.Node) -> bool:
+        return all(_reads_only(user, node, modules) for user in node.users)
+
+    intervals: list[tuple[int, int, Any]] = []  # first and last use, and who is to know the slot
+    placed: set[fx.Node] = set()
+    for cat in list(graph.nodes):
+        parts = _concatenated(cat)
+        channels = [_channels(part, modules) for part in parts]
+        if not parts or None in channels or not stays_inside(cat):
+            continue
+        inside = [
+            part
+            for part in parts
+            if packed(part) and [u for u in part.users if not _reads_shape(u, part)] == [cat]
+        ]
+        if not inside or len(set(parts)) != len(parts):
+            continue
+        total, offset, layers = sum(c for c in channels if c), 0, []
+        for part, count in zip(parts, channels, strict=True):
+            layer = packed(part)
+            if part in inside and layer is not None:
+                layer.place = Place(buffers, 0, offset, total)
+                layers.append(layer)
+            offset += count or 0
+        concat = Concat(Place(buffers, 0))
+        name = f"{cat.name}_in_place"
+        traced.add_submodule(name, concat)
+        modules[name] = concat
+        with graph.inserting_before(cat):
+            new = graph.call_module(name, tuple(parts))
+        cat.replace_all_uses_with(new)
+        graph.erase_node(cat)
+        position[new] = position.pop(cat)
+        placed.update(inside)
+        first = min(position[part] for part in inside)
+        intervals.append((first, _last_use(new, position), [*layers, concat]))
+    for node in graph.nodes:
+        layer = packed(node)
+        if layer is not None and node not in placed and stays_inside(node):
+            layer.place = Place(buffers, 0)
+            intervals.append((position[node], _last_use(node, position), [layer]))
+
+    ends: list[int] = []  # of each slot, the last use of what is in it
+    for first, last, owners in sorted(intervals, key=lambda interval: interval[:2]):
+        free = [slot for slot, end in enumerate(ends) if end < first]
+        slot = max(free, key=ends.__getitem__) if free else len(ends)  # the one still in a cache
+        ends[slot:] = [last] if slot == len(ends) else [last, *ends[slot + 1 :]]
+        for owner in owners:
+            owner.place.slot = slot
+    traced.recompile()
+
+
+def _last_use(node: fx.Node, position: dict[fx.Node, int]) -> int:
+    return max((position[user] for user in node.users), default=position[node])
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` takes from ``node`` nothing but its size."""
+    if user.op == "call_function":
+        return user.target is getattr and user.args[1] == "shape"
+    if user.op == "call_method":
+        return user.target == "size" or (user.target == "expand_as" and user.args[0] is not node)
+    return False
+
+
+def _reads_only(user: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the value of ``node`` is nowhere else once ``user`` has run."""
+    if _reads_shape(user, node):
+        return True
+    if user.op == "call_module":
+        return isinstance(modules[str(user.target)], (*MODULES, Concat))
+    if user.op == "call_method":
+        return user.target in METHODS
+    return user.op == "call_function" and user.target in FUNCTIONS
+
+
+def _concatenated(node: fx.Node) -> list[fx.Node]:
+    """The operands, if ``node`` concatenates channels."""
+    if node.op != "call_function" or node.target is not torch.cat:
+        return []
+    arguments = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    parts: Any = arguments["tensors"]
+    if arguments.get("dim") != 1 or not all(isinstance(part, fx.Node) for part in parts):
+        return []
+    return list(parts)
+
+
+def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
+    """The number of channels, where it follows from the network alone."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, PackedConv2d):
+            return module.weight.shape[0]
+    same = (
+        (node.op == "call_function" and node.target is F.interpolate)
+        or (node.op == "call_method" and node.target == "expand_as")
+        or (node.op == "call_module" and isinstance(modules[str(node.target)], MODULES))
+    )
+    source = node.args[0] if same and node.args else None
+    return _channels(source, modules) if isinstance(source, fx.Node) else None
