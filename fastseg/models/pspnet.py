@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import ConvBNReLU2d, PyramidConv2d, PyramidPooling
+from ..nn.conv_bn import is_plain
 from ..nn.pyramid_pooling import pyramid_conv, pyramid_weight
 from .common import SimpleSegmentationModel
 from .fcn import FCNHead
@@ -51,10 +52,12 @@ class PSPHead(nn.Module):
         self.score = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # bottleneck(ppm(x)), with the convolution split into its part on x and its part on the
-        # grids, which is all but free before they are resized.
-        C, size = x.shape[1], x.shape[-2:]
         conv, bn = self.bottleneck.conv, self.bottleneck.bn
+        if not is_plain(conv, nn.Conv2d):  # it has hooks: let them see it
+            return self.score(self.dropout(self.bottleneck(self.ppm(x))))
+        # The same, with the convolution split into its part on x and its part on the grids, which
+        # is all but free before they are resized.
+        C, size = x.shape[1], x.shape[-2:]
         grids = self.ppm.grids(x)
         weight = pyramid_weight(conv.weight[:, C:], len(grids))
         y = pyramid_conv(grids, weight, 3, size, self.ppm.align_corners)

@@ -86,7 +86,7 @@ class ConvBNReLU2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn = self.conv, self.bn
-        if not (_is_plain(conv, nn.Conv2d) and _is_plain(bn, nn.BatchNorm2d)):
+        if not (is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)):
             return _unfused(self, x, residual)
         if bn.training or bn.running_mean is None:
             update = bn.training and bn.track_running_stats
@@ -191,7 +191,7 @@ def _unfused(
     return F.leaky_relu(z, layer.negative_slope) if layer.activation == "leaky_relu" else z
 
 
-def _is_plain(child: nn.Module, kind: type) -> bool:
+def is_plain(child: nn.Module, kind: type) -> bool:
     """Whether `child` does what its class says: the class itself, and no hooks to be called."""
     return (
         type(child) is kind
