@@ -2,6 +2,7 @@
 
 from .common import SegmentationModel, SimpleSegmentationModel
 from .cost import count_macs, count_parameters
+from .crfrnn import FCNWithCRF, crfrnn_fcn8s_vgg16
 from .deeplabv1 import (
     DeepLabV1,
     deeplabv1_4x4_vgg16,
@@ -53,6 +54,7 @@ __all__ = [
     "DeepLabV3",
     "DeepLabV3Cascade",
     "Dilated",
+    "FCNWithCRF",
     "Layer",
     "ModelInfo",
     "Paper",
@@ -67,6 +69,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "create_model",
+    "crfrnn_fcn8s_vgg16",
     "deeplabv1_4x4_vgg16",
     "deeplabv1_7x7_vgg16",
     "deeplabv1_largefov_vgg16",

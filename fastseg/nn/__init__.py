@@ -3,12 +3,14 @@
 from .aspp import ASPP
 from .conv_bn import ConvBNReLU2d
 from .crf import DenseCRF
+from .crfrnn import CRFRNN
 from .global_conv import GlobalConv2d
 from .pooling import MaxPool2d, MaxUnpool2d
 from .pyramid_pooling import PyramidConv2d, PyramidPooling
 
 __all__ = [
     "ASPP",
+    "CRFRNN",
     "ConvBNReLU2d",
     "DenseCRF",
     "GlobalConv2d",

@@ -20,6 +20,7 @@ SMALL = {
     "fcn32s_vgg16": VGG,
     "fcn16s_vgg16": VGG,
     "fcn8s_vgg16": VGG,
+    "crfrnn": {**VGG, "iters": 2},
     "fcn": RESNET,
     "segnet_vgg16": {"width": 2},
     "segnet_basic": {"width": 2},

@@ -9,6 +9,8 @@ PUBLISHED = {
     ("fcn32s_vgg16", ()): (134_346_581, 110.8),
     ("fcn16s_vgg16", ()): (134_357_354, 110.8),
     ("fcn8s_vgg16", ()): (134_362_751, 110.8),
+    ("fcn8s_vgg16", (("padding", "caffe"), ("upsample", "dense"))): (134_489_759, 190.4),
+    ("crfrnn_fcn8s_vgg16", ()): (134_491_103, None),
     ("dilated_frontend_vgg16", ()): (134_346_581, 750.2),
     ("dilated_frontend_vgg16", (("padding", "same"),)): (134_346_581, 591.9),
     ("dilated8_vgg16", ()): (141_149_720, 778.1),
