@@ -21,6 +21,7 @@ from .models import SegmentationModel, create_model
 from .models.checkpoint import ModelCard, PathLike, read_card, shipped_path
 from .models.common import resize
 from .nn import DenseCRF
+from .ops import upsample_argmax, upsample_softmax
 from .optimize import optimize
 from .result import Segmentation
 
@@ -144,7 +145,7 @@ class Predictor:
             image = read_image(photo)
         H, W = image.shape[:2]
         x = self._to_batch(image)
-        size: Sequence[int] = x.shape[-2:]  # of the photo, or more where it has a border
+        size = x.shape[2], x.shape[3]  # of the photo, or more where it has a border
         if self.crf:
             x = _at_most(x, _CRF_PIXELS)
         tile = self._tile_side(x)
@@ -160,9 +161,10 @@ class Predictor:
         else:  # labels straight from the scores, probabilities only when somebody asks for them
             maps = scores = self._scores(x, timings)
             corners = self._align_corners
-            probs = lambda: resize(scores, size, corners).softmax(1)  # noqa: E731
+            probs = lambda: upsample_softmax(scores, size, corners)  # noqa: E731
         with self._timed(timings, "upsample"):
-            labels = resize(maps, size, corners).argmax(1)
+            labels = upsample_argmax(maps, size, corners)
+            assert isinstance(labels, Tensor)
         names = self.card.classes or tuple(map(str, range(maps.shape[1])))
         if len(names) != maps.shape[1] or len(names) > 256:
             raise ValueError(
@@ -171,7 +173,7 @@ class Predictor:
             )
         return Segmentation(
             image,
-            labels[0, :H, :W].to(torch.uint8).cpu().numpy(),
+            labels[0, :H, :W].cpu().numpy(),
             lambda: probs()[0, :, :H, :W].cpu().numpy(),
             names,
             timings,
@@ -214,7 +216,7 @@ class Predictor:
         for scale, flip in self._views:
             scores = self._scores(x, timings, scale, flip)
             with self._timed(timings, "upsample"):
-                p = resize(scores, x.shape[-2:], self._align_corners).softmax(1)
+                p = upsample_softmax(scores, (x.shape[2], x.shape[3]), self._align_corners)
                 p = p.flip(-1) if flip else p
                 total = p if total is None else total.add_(p)
         assert total is not None
