@@ -79,13 +79,13 @@ def _cuda() -> dict[str, Any]:
 
 
 def _ops() -> dict[str, list[str]]:
-    """Each registered op and the devices that have a kernel for it."""
+    """Each registered op and the devices that have a kernel for it; "any": PyTorch code."""
     names = sorted(
         {n.split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "fastseg::" in n}
     )
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        n.removeprefix("fastseg::"): [k.lower() for k in ("CPU", "CUDA") if has(n, k)]
+        n.removeprefix("fastseg::"): [k.lower() for k in ("CPU", "CUDA") if has(n, k)] or ["any"]
         for n in names
     }
 
