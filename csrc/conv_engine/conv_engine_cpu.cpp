@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 
@@ -58,7 +59,7 @@ void run_gemm(const Conv& conv) {
     kernel(conv, part_begin(pixels, parts, part), part_begin(pixels, parts, part + 1),
            part_begin(conv.panels(), panel_parts, panel_part),
            part_begin(conv.panels(), panel_parts, panel_part + 1),
-           scratch<TaskBuffer>(ceil_div(pixels, parts) * depth));
+           scratch<TaskBuffer>((ceil_div(pixels, parts) + 1) * depth));
   });
 }
 
