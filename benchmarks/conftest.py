@@ -1,6 +1,8 @@
-"""`time_op`, shared by all benchmarks: times one variant and records its throughput."""
+"""`time_op` times one variant and records its throughput, `compare` several in turn."""
 
 import platform
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +30,43 @@ def time_op(benchmark):
             benchmark.extra_info["GB/s"] = round(bytes_moved / median / 1e9, 1)
         if flops:
             benchmark.extra_info["GFLOP/s"] = round(flops / median / 1e9, 1)
+
+    return run
+
+
+@pytest.fixture
+def compare(benchmark):
+    """compare(variants, flops=) times functions in turn, so that a busy moment of the machine hits
+    all of them: medians and ratios to the first variant go to ``extra_info``. The outputs must
+    agree within ``tolerance`` of the largest value."""
+
+    def run(
+        variants: dict[str, Callable[[], torch.Tensor]],
+        *,
+        flops: int = 0,
+        tolerance: float = 1e-4,
+        rounds: int = 15,
+    ) -> None:
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        with torch.inference_mode():
+            outputs = [fn() for fn in variants.values()]
+            for y in outputs[1:]:
+                error = (y - outputs[0]).abs().max() / outputs[0].abs().max()
+                assert error <= tolerance, f"outputs differ by {error:.1e}"
+            del outputs
+            for _ in range(rounds + 1):
+                for name, fn in variants.items():
+                    start = time.perf_counter()
+                    fn()
+                    times[name].append(time.perf_counter() - start)
+            benchmark.pedantic(next(iter(variants.values())), rounds=rounds)
+        medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+        ours = next(iter(medians.values()))
+        for name, median in medians.items():
+            benchmark.extra_info[f"{name}, ms"] = round(median * 1e3, 3)
+            benchmark.extra_info[f"{name}, ratio"] = round(median / ours, 2)
+        if flops:
+            benchmark.extra_info["GFLOP/s"] = round(flops / ours / 1e9, 1)
 
     return run
 

@@ -1,0 +1,46 @@
+"""Whole networks: fastseg.optimize against eager torch and torch.compile with frozen weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastseg
+
+CASES = [
+    ("deeplabv3_resnet50", (513, 513)),
+    ("fcn_resnet50", (513, 513)),
+    ("pspnet_resnet50", (513, 513)),
+    ("segnet_vgg16", (360, 480)),
+    ("u2netp", (320, 320)),
+]
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """The network in torch's own modules."""
+    for name, child in model.named_children():
+        if isinstance(child, fastseg.nn.ConvBNReLU2d):
+            setattr(model, name, child.unfuse())
+        else:
+            unfused(child)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("name", "size"), CASES)
+def bench_models(compare, benchmark, name, size, compiled):
+    benchmark.group = f"{name} {size[0]}x{size[1]}"
+    model = fastseg.models.create_model(name).eval()
+    x = torch.randn(1, 3, *size)
+    fast = fastseg.optimize(model)
+    plain = unfused(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    variants = {"fastseg": lambda: fast(x)["out"], "torch": lambda: plain(x_last)["out"]}
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        torch._inductor.config.freezing = True
+        with torch.no_grad():
+            frozen = torch.compile(plain)
+            frozen(x_last)
+        variants["torch.compile"] = lambda: frozen(x_last)["out"]
+    compare(variants, tolerance=1e-2, rounds=7)  # a tie in SegNet's pooling may flip an index
