@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops import upsample_argmax
 
 Size = Sequence[int]
 Upsample = Literal["bilinear", "grouped", "dense"]
@@ -34,6 +36,19 @@ class SegmentationModel(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         size = x.shape[-2:]
         return {name: resize(y, size, self.align_corners) for name, y in self.scores(x).items()}
+
+    def labels(self, x: Tensor) -> Tensor:
+        """The best class of each pixel, (N, H, W), uint8 or beyond 256 classes int16.
+
+        The same as ``self(x)["out"].argmax(1)``; a network that ends in a resize never makes its
+        logits at full size.
+        """
+        if type(self).forward is SegmentationModel.forward:
+            logits, align_corners = self.scores(x)["out"], self.align_corners
+        else:
+            logits, align_corners = self(x)["out"], False
+        labels: Any = upsample_argmax(logits, (x.shape[-2], x.shape[-1]), align_corners)
+        return labels
 
     def freeze_bn(self, frozen: bool = True) -> SegmentationModel:
         """Keep every batch norm at its stored statistics and fixed scale and shift, also after

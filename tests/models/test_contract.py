@@ -97,6 +97,14 @@ def test_batch_of_images_is_each_image(model):
 
 
 @torch.no_grad()
+def test_labels(model):
+    x = image(2, 4, 33, 48)
+    labels = model.eval().labels(x)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels.long(), model(x)["out"].argmax(1))
+
+
+@torch.no_grad()
 def test_channels_last(model):
     model.eval()
     x = image(2, 4, 33, 48)
