@@ -283,12 +283,20 @@ def test_batch_norm_counters_may_be_absent():
     torch.testing.assert_close(model.backbone(x)[-1], c5)
 
 
-def test_smp_unet_shares_its_trunk():
+@pytest.mark.parametrize(
+    ("layout", "decoder"),
+    [
+        ("smp_unet", "decoder.blocks.0.conv1.0.weight"),
+        ("smp_pspnet", "decoder.psp.blocks.0.pool.1.0.weight"),
+    ],
+)
+def test_other_decoders_of_smp_leave_their_trunk(layout, decoder):
     source, x, c5 = classifier(stem7(), "contract")
     renamed = {f"encoder.{k}": v for k, v in source.items() if not k.startswith("fc")}
-    renamed["decoder.blocks.0.conv1.0.weight"] = torch.ones(1)
-    renamed["segmentation_head.0.weight"] = torch.ones(1)
+    renamed[decoder] = renamed["segmentation_head.0.weight"] = torch.ones(1)
     model = fcn_skip_resnet(BLOCKS, 8, **TINY).double().eval()
-    assert convert.load(renamed, model).unused == list(renamed)[-2:]
+    report = convert.load(renamed, model)
+    assert report.layout == layout
+    assert report.unused == list(renamed)[-2:]
     model.backbone.set_output_stride(8)
     torch.testing.assert_close(model.backbone(x)[-1], c5)

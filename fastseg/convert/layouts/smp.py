@@ -1,4 +1,4 @@
-"""segmentation-models-pytorch: DeepLab v3 on ResNet, and the ResNet of its U-Net."""
+"""segmentation-models-pytorch: DeepLab v3 on ResNet, and the ResNet of its U-Net and PSPNet."""
 
 from __future__ import annotations
 
@@ -23,21 +23,30 @@ DEEPLABV3 = Layout(
         SCORE,
     ),
 )
+# Decoders that are other networks than the papers': only the trunk is of use.
 UNET = Layout(
     "smp_unet",
     "ResNet of a U-Net of segmentation-models-pytorch",
     marks=(r"encoder\.conv1\.weight", r"decoder\.blocks\.0\.conv1\.0\.weight"),
-    rules=(*TRUNK, (r"decoder\.blocks\..*", None), (r"segmentation_head\..*", None)),
+    rules=(*TRUNK, (r"(decoder|segmentation_head)\..*", None)),
     trunk=True,
 )
-LAYOUTS = (DEEPLABV3, UNET)
+PSPNET = Layout(
+    "smp_pspnet",
+    "ResNet of a PSPNet of segmentation-models-pytorch",
+    marks=(r"encoder\.conv1\.weight", r"decoder\.psp\.blocks\.0\.pool\.1\.0\.weight"),
+    rules=(*TRUNK, (r"(decoder|segmentation_head)\..*", None)),
+    trunk=True,
+)
+LAYOUTS = (DEEPLABV3, UNET, PSPNET)
 
 
 def smp(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """segmentation-models-pytorch's DeepLab v3, or the ResNet of its U-Net, under our names.
+    """segmentation-models-pytorch's DeepLab v3, or the ResNet of its U-Net or PSPNet, in our names.
 
-    DeepLab v3 is our ``deeplabv3_resnet50(variant="smp")`` or 101. The decoder of that library's
-    U-Net is not the paper's (no transposed convolutions, other widths): only its ResNet results.
+    DeepLab v3 is our ``deeplabv3_resnet50(variant="smp")`` or 101. That library's U-Net has no
+    transposed convolutions and other widths, and its PSPNet pools the undilated map at 1/8 and has
+    a 1x1 convolution after the pyramid: neither decoder is the paper's, so only the ResNet results.
     Arguments and errors as :func:`fastseg.convert.torchvision`.
     """
     return renamed(LAYOUTS, state_dict)
