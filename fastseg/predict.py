@@ -103,10 +103,7 @@ class Predictor:
         for name in tta:
             if name not in TTA_KINDS:
                 raise ValueError(f"Predictor: tta must be of {', '.join(TTA_KINDS)}, got {name!r}")
-        if device == "auto":
-            built = bool(_C.build_info()["cuda_archs"])
-            device = "cuda" if built and torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = _device(device)
         network, card = _load(model, weights, classes)
         self.card = replace(
             card,
@@ -146,13 +143,13 @@ class Predictor:
         H, W = image.shape[:2]
         x = self._to_batch(image)
         size = x.shape[2], x.shape[3]  # of the photo, or more where it has a border
-        if self.crf:
+        if self.crf is not None:
             x = _at_most(x, _CRF_PIXELS)
         tile = self._tile_side(x)
         probs: Callable[[], Tensor]
-        if tile or self.crf or len(self._views) > 1:
+        if tile or self.crf is not None or len(self._views) > 1:
             p = self._in_tiles(x, tile, timings) if tile else self._mean_of_views(x, timings)
-            if self.crf:
+            if self.crf is not None:
                 with self._timed(timings, "crf"):
                     p = self._refine(p[..., :H, :W], x[..., :H, :W])
                 size = H, W
@@ -248,6 +245,24 @@ class Predictor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """What ``device=`` means here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        built = bool(_C.build_info()["cuda_archs"])
+        name = "cuda" if built and torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Predictor: device must be auto, cpu or cuda, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Predictor: torch must find a GPU for device cuda; use cpu or auto")
+    return device
 
 
 def _load(

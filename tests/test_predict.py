@@ -302,9 +302,21 @@ def test_shipped_network_is_the_same_every_time():
     np.testing.assert_array_equal(first.probs, second.probs)
 
 
+def test_results_do_not_change_when_the_next_photo_comes():
+    network = fastseg.models.create_model("u2netp", num_classes=3)
+    predictor = Predictor(network, size=(64, 64))
+    image, _ = steps(80, 96)
+    first = predictor(image)
+    second = predictor(255 - image)
+    alone = Predictor(network, size=(64, 64))(image)
+    np.testing.assert_array_equal(first.probs, alone.probs)
+    assert not np.array_equal(first.probs, second.probs)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"device": "gpu"}, "device must be auto, cpu or cuda, got 'gpu'"),
         ({"tile": 8}, "tile must be at least 64 pixels, got 8"),
         ({"overlap": 1}, "overlap must be from 0 to below 1, got 1"),
         ({"tta": ["spin"]}, "tta must be of flip, ms, got 'spin'"),
@@ -324,6 +336,12 @@ def test_bad_arguments(options, message, tmp_path):
         options["weights"] = tmp_path / f"{options['weights']}.safetensors"
     with pytest.raises(ValueError, match=message):
         Predictor(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_sentence():
+    with pytest.raises(ValueError, match="torch must find a GPU for device cuda"):
+        Predictor(Brighter(), device="cuda")
 
 
 def test_wrong_number_of_class_names():

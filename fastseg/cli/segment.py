@@ -86,7 +86,12 @@ def segment(
             try:
                 result = predictor(photo)
                 result.save(out, stem, kinds, note)
-            except (ValueError, OSError) as error:
+            except (
+                ValueError,
+                OSError,
+                MemoryError,
+                RuntimeError,
+            ) as error:  # torch's out of memory
                 failed += 1
                 record |= {"status": "failed", "error": str(error)}
                 line = str(error) if str(photo) in str(error) else f"{photo}: {error}"
