@@ -30,7 +30,7 @@ class UNet(SegmentationModel):
         padding: of the 3x3 convolutions. "same" pads by zeros; "mirror" mirrors the image by what
             convolutions without padding lose and some, as the paper does at an image's border;
             "valid" is the bare network: 572 x 572 pixels in, 388 x 388 out, and the input must
-            have a size that every pooling halves exactly.
+            have a size of 16 k - 4, which every pooling halves exactly.
         up: "deconv" (2x2, stride 2) or "bilinear" with a 1x1 convolution.
         dropout: drop rate at the end of the contracting path, on its last two levels.
         levels: poolings, 4 in the paper.
@@ -74,6 +74,8 @@ class UNet(SegmentationModel):
         size = x.shape[-2:]
         if self.padding == "mirror":
             x = self.mirror(x)
+        elif self.padding == "valid":
+            self.check_valid(size)
         skips: list[Tensor] = []
         for i, block in enumerate(self.encoder):
             x = block(self.pool(x) if i else x)  # (N, 64 * 2^i, H / 2^i, W / 2^i)
@@ -90,6 +92,14 @@ class UNet(SegmentationModel):
             x = block(torch.cat([skip, x], 1))
         x = self.classifier(x)  # (N, classes, H, W)
         return {"out": window(x, 0, size) if self.padding == "mirror" else x}
+
+    def check_valid(self, size: torch.Size) -> None:
+        step = 2 ** len(self.up)
+        if any((n + 4) % step or n < 12 * step - 4 for n in size):
+            raise ValueError(
+                f"UNet: padding='valid' needs a height and width of {step} k - 4, at least "
+                f"{12 * step - 4}, got {tuple(size)}; padding='mirror' takes any size"
+            )
 
     def mirror(self, x: Tensor) -> Tensor:
         """Extend the image to the next size whose result covers it."""

@@ -78,6 +78,13 @@ def test_fewer_levels(levels):
         assert model(torch.randn(1, 2, 17, 9))["out"].shape == (1, 3, 17, 9)
 
 
+@pytest.mark.parametrize("size", [(572, 570), (172, 188)])
+def test_size_that_does_not_halve(size):
+    model = models.unet(**TINY, batch_norm=False, padding="valid")
+    with pytest.raises(ValueError, match=r"of 16 k - 4, at least 188, got \("):
+        model(torch.randn(1, 2, *size))
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="padding must be same, mirror or valid, got 'zero'"):
         models.unet(padding="zero")
