@@ -15,6 +15,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/parallel.h"
+#include "common/pooled_tensor.h"
 #include "common/workspace.h"
 #include "permutohedral/filter.h"
 #include "permutohedral/lattice_kernels.h"
@@ -24,17 +26,19 @@
 namespace fastseg {
 namespace {
 
-using torch::stable::parallel_for;
-
 // One pairwise term of one image.
 template <typename T>
 struct Term {
   Lattice<T> lattice;
   std::vector<T> diagonal, matrix;  // coefficients of the message with the slice's gain folded in
   Workspace<T> values, next;  // vertices that are sliced, and those that are splatted meanwhile
+  Workspace<T> extra;         // further partial sums of `next`
 
   Term(const void* buffer, const T* coefficients, bool full, int64_t labels, int width)
-      : lattice(buffer), values(lattice.rows() * width), next(lattice.rows() * width) {
+      : lattice(buffer),
+        values(lattice.header->vertices * width),
+        next(lattice.header->vertices * width),
+        extra(lattice.extra_rows() * width) {
     const T gain = static_cast<T>(lattice_gain(static_cast<int>(lattice.d())));
     if (full) {
       matrix.assign(static_cast<size_t>(width) * static_cast<size_t>(width), T(0));
@@ -61,25 +65,6 @@ struct Problem {
   T* out;
 };
 
-// False if an energy is NaN or -inf, or all energies of a point are inf.
-template <typename T>
-bool negate_energies(const Tiling& tiling, int64_t tile, const Problem<T>& problem, int width,
-                     T* rows) {
-  load_tile(tiling, tile, problem.unary, problem.points, problem.labels, width, rows);
-  bool valid = true;
-  for (int64_t i = 0; i < tiling.points(tile); ++i, rows += width) {
-    bool some = false;
-    for (int64_t l = 0; l < problem.labels; ++l) {
-      rows[l] = -rows[l];
-      valid &= rows[l] < std::numeric_limits<T>::infinity();
-      some |= rows[l] > -std::numeric_limits<T>::infinity();
-    }
-    valid &= some;
-    std::fill(rows + problem.labels, rows + width, -std::numeric_limits<T>::infinity());
-  }
-  return valid;
-}
-
 template <typename T>
 bool mean_field_image(const Problem<T>& problem, const std::vector<std::unique_ptr<Term<T>>>& terms,
                       const Tiling& tiling) {
@@ -91,19 +76,26 @@ bool mean_field_image(const Problem<T>& problem, const std::vector<std::unique_p
   Workspace<T> energies(problem.points * width);
   std::atomic<bool> valid{true};
   for (int64_t step = 0; step <= problem.iterations; ++step) {
-    parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kTiles = 16;  // per task
+    parallel_tasks((tiles + kTiles - 1) / kTiles, [&](int64_t task) {
+      const int64_t begin = task * kTiles, end = std::min(tiles, begin + kTiles);
       const FlushDenormals flush;
       Workspace<T> rows_space(kTilePoints * stride), local_space(most * stride);
+      T inverse[kTilePoints];
       T* rows = rows_space.data();
       T* local = local_space.data();
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = tiling.first_point(t);
         const auto points = static_cast<int>(tiling.points(t));
         T* energy = energies.data() + first * width;
-        if (step == 0 && !negate_energies(tiling, t, problem, width, energy)) valid = false;
+        if (step == 0) {
+          load_tile(tiling, t, problem.unary, problem.points, problem.labels, width, width, energy,
+                    T(-1), -std::numeric_limits<T>::infinity());
+          if (!kernels.shift_logits(energy, points, width)) valid = false;
+        }
         if (step == 0 && problem.start != nullptr) {
-          std::fill_n(rows, points * stride, T(0));
-          load_tile(tiling, t, problem.start, problem.points, problem.labels, stride, rows);
+          load_tile(tiling, t, problem.start, problem.points, problem.labels, width, stride, rows);
+          std::fill_n(inverse, points, T(1));
         } else {
           const T* from = energy;
           int from_stride = width;
@@ -111,27 +103,35 @@ bool mean_field_image(const Problem<T>& problem, const std::vector<std::unique_p
             for (int i = 0; i < points; ++i) {
               std::copy_n(energy + i * width, width, rows + i * stride);
             }
+            kernels.softmax_tile(rows, points, width, stride, true, inverse);
           } else {
+            T bound = 0;  // of the messages, and so of the logits, whose largest energy is 0
             for (const auto& term : terms) {
               const TileView<T> tile(term->lattice, t, first, points);
-              kernels.gather_rows(term->values.data(), width, stride, tile.pair_vertex, tile.pairs,
-                                  term->diagonal.data(),
-                                  term->matrix.empty() ? nullptr : term->matrix.data(), local);
+              bound +=
+                  term->lattice.header->largest_weight *
+                  kernels.gather_rows(term->values.data(), width, stride, tile.pair_vertex,
+                                      tile.pairs, term->diagonal.data(),
+                                      term->matrix.empty() ? nullptr : term->matrix.data(), local);
               kernels.slice_tile(tile, local, width, stride, from, from_stride, rows);
               from = rows;
               from_stride = stride;
             }
+            kernels.softmax_tile(rows, points, width, stride, bound <= 80, inverse);
           }
-          kernels.softmax_tile(rows, points, width, stride);
         }
         if (step < problem.iterations) {
           for (const auto& term : terms) {
             const TileView<T> tile(term->lattice, t, first, points);
-            kernels.splat_tile(tile, rows, width, stride, local);
+            kernels.splat_tile(tile, rows, inverse, width, stride, local);
             kernels.scatter_rows(local, width, stride, tile.pair_row, tile.pairs,
-                                 term->next.data());
+                                 term->lattice.header->vertices, term->next.data(),
+                                 term->extra.data());
           }
-        } else if (problem.point_major) {
+          continue;
+        }
+        kernels.scale_rows(rows, points, width, stride, inverse);
+        if (problem.point_major) {
           tiling.for_each_run(t, [&](int64_t run, int64_t length, int64_t position) {
             for (int64_t i = 0; i < length; ++i) {
               std::copy_n(rows + (position + i) * stride, problem.labels,
@@ -147,7 +147,7 @@ bool mean_field_image(const Problem<T>& problem, const std::vector<std::unique_p
     if (step < problem.iterations) {
       for (const auto& term : terms) {
         std::swap(term->values, term->next);
-        merge_and_blur(term->lattice, false, width, term->values.data());
+        merge_and_blur(term->lattice, false, width, term->extra.data(), term->values.data());
       }
     }
   }
@@ -172,8 +172,8 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
                 "dense_crf: start must have the shape and dtype of unary");
   FASTSEG_CHECK(lattice_counts.size() == coefficients.size(),
                 "dense_crf: needs one coefficient tensor per term");
-  Tensor out = point_major ? torch::stable::new_empty(unary, {batch, points, labels})
-                           : torch::stable::empty_like(unary);
+  Tensor out = pooled_empty(unary, point_major ? std::vector<int64_t>{batch, points, labels}
+                                               : std::vector<int64_t>{batch, labels, points});
   bool valid = true;
   dispatch_lattice(unary, "dense_crf", [&](auto tag) {
     using T = decltype(tag);

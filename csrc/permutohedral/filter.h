@@ -10,6 +10,7 @@
 #endif
 
 #include "permutohedral/lattice_cpu.h"
+#include "permutohedral/lattice_kernels.h"
 
 namespace fastseg {
 
@@ -23,10 +24,10 @@ void build_lattice(const T* features, int64_t d, int64_t height, int64_t width,
 template <typename T>
 void filter_ones(const Lattice<T>& lattice, T* row_sum);
 
-// Adds up the partial sums of the tiles and blurs along all axes, last axis first if `reversed`.
-// values (lattice.rows(), width): on return the first M rows hold the blurred vertices.
+// Adds the partial sums `extra` (lattice.extra_rows(), width) of the tiles to the vertices `values`
+// (M, width) and blurs these along all axes, last axis first if `reversed`.
 template <typename T>
-void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, T* values);
+void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, const T* extra, T* values);
 
 // Rows are padded to a multiple of 8 channels in memory, and to 16 in a tile's scratch.
 inline int row_width(int64_t channels) { return static_cast<int>((channels + 7) / 8 * 8); }
@@ -60,25 +61,21 @@ class FlushDenormals {
 // Copies a tile of planar data, channel c of point i at planes[c * plane + i], to rows.
 template <typename T>
 void load_tile(const Tiling& tiling, int64_t tile, const T* planes, int64_t plane, int64_t channels,
-               int stride, T* rows) {
+               int width, int stride, T* rows, T sign = 1, T padding = 0) {
+  const auto load = lattice_kernels<T>().load_rows;
   tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* from = planes + c * plane + begin;
-      T* to = rows + position * stride + c;
-      for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
-    }
+    load(planes + begin, plane, static_cast<int>(channels), length, sign, padding, width, stride,
+         rows + position * stride);
   });
 }
 
 template <typename T>
 void store_tile(const Tiling& tiling, int64_t tile, const T* rows, int stride, int64_t channels,
                 int64_t plane, T* planes) {
+  const auto store = lattice_kernels<T>().store_rows;
   tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* from = rows + position * stride + c;
-      T* to = planes + c * plane + begin;
-      for (int64_t i = 0; i < length; ++i) to[i] = from[i * stride];
-    }
+    store(rows + position * stride, stride, static_cast<int>(channels), length, plane,
+          planes + begin);
   });
 }
 

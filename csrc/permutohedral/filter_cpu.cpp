@@ -20,12 +20,12 @@ namespace fastseg {
 using torch::stable::parallel_for;
 
 template <typename T>
-void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, T* values) {
+void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, const T* extra,
+                    T* values) {
   const auto& kernels = lattice_kernels<T>();
   parallel_for(0, lattice.header->merges, 1024, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    kernels.merge_rows(lattice.merge_vertex, lattice.merge_begin, begin, end,
-                       lattice.header->vertices, width, values);
+    kernels.merge_rows(lattice.merge_vertex, lattice.merge_begin, begin, end, extra, width, values);
   });
   const int64_t d1 = lattice.d() + 1;
   for (int64_t j = 0; j < d1; ++j) {
@@ -53,7 +53,9 @@ void filter_channels(const Lattice<T>& lattice, bool transposed, int width, Load
   const int stride = tile_stride(width);
   const int64_t tiles = tiling.count(), most = largest_tile(lattice);
   const int64_t grain = 8;
-  Workspace<T> values(lattice.rows() * width);
+  const std::vector<T> ones(kTilePoints, T(1));
+  const int64_t vertices = lattice.header->vertices;
+  Workspace<T> values(vertices * width), extra(lattice.extra_rows() * width);
   parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     Workspace<T> rows(kTilePoints * stride), local(most * stride);
@@ -61,11 +63,12 @@ void filter_channels(const Lattice<T>& lattice, bool transposed, int width, Load
     for (int64_t t = begin; t < end; ++t) {
       const TileView<T> tile(lattice, t, tiling.first_point(t), tiling.points(t), transposed);
       load(t, rows.data(), stride);
-      kernels.splat_tile(tile, rows.data(), width, stride, local.data());
-      kernels.scatter_rows(local.data(), width, stride, tile.pair_row, tile.pairs, values.data());
+      kernels.splat_tile(tile, rows.data(), ones.data(), width, stride, local.data());
+      kernels.scatter_rows(local.data(), width, stride, tile.pair_row, tile.pairs, vertices,
+                           values.data(), extra.data());
     }
   });
-  merge_and_blur(lattice, transposed, width, values.data());
+  merge_and_blur(lattice, transposed, width, extra.data(), values.data());
   const std::vector<T> gain(static_cast<size_t>(width),
                             static_cast<T>(lattice_gain(static_cast<int>(lattice.d()))));
   parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
@@ -98,8 +101,8 @@ void filter_ones(const Lattice<T>& lattice, T* row_sum) {
       });
 }
 
-template void merge_and_blur<float>(const Lattice<float>&, bool, int, float*);
-template void merge_and_blur<double>(const Lattice<double>&, bool, int, double*);
+template void merge_and_blur<float>(const Lattice<float>&, bool, int, const float*, float*);
+template void merge_and_blur<double>(const Lattice<double>&, bool, int, const double*, double*);
 template void filter_ones<float>(const Lattice<float>&, float*);
 template void filter_ones<double>(const Lattice<double>&, double*);
 
@@ -159,7 +162,7 @@ Tensor permutohedral_filter_cpu(const Tensor& values, std::vector<Tensor> lattic
         filter_channels(
             lattice, transposed, row_width(count),
             [&](int64_t t, T* rows, int stride) {
-              load_tile(tiling, t, in + at, points, count, stride, rows);
+              load_tile(tiling, t, in + at, points, count, row_width(count), stride, rows);
             },
             [&](int64_t t, const T* rows, int stride) {
               store_tile(tiling, t, rows, stride, count, points, result + at);

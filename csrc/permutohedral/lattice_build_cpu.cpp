@@ -101,10 +101,9 @@ struct SimplexKey {
 // What the tiles of one task found; tasks are joined in order.
 template <typename Key>
 struct TaskOutput {
-  std::vector<Key> keys;               // of the vertices of each tile, tile by tile
-  std::vector<uint16_t> group_vertex;  // see Lattice
-  std::vector<uint16_t> group_size;
-  std::vector<int32_t> tile_keys, tile_groups;
+  std::vector<Key> keys;                 // of the vertices of each tile, tile by tile
+  std::vector<uint16_t> simplex_vertex;  // see Lattice
+  std::vector<int32_t> tile_keys, tile_simplices;
 };
 
 template <typename Key, typename T>
@@ -116,7 +115,7 @@ class Builder {
         tiling_(height, width),
         points_(height * width),
         fields_(fields),
-        slot_point_(points_),
+        point_simplex_(points_),
         weight_(points_ * (d + 1)) {}
 
   void build(Normalization normalization, const std::function<void*(int64_t)>& allocate) {
@@ -151,8 +150,6 @@ class Builder {
           rank(kStride * (d + 1)),
           vertex_keys(kStride),
           orders(kStride),
-          group(kStride),
-          group_start(kStride + 1),
           simplices(kStride),
           vertices(kStride * (d + 1)) {
       lattice_scale(d, scale);
@@ -162,8 +159,6 @@ class Builder {
     std::vector<int32_t> cell, rank;
     std::vector<Key> vertex_keys;
     std::vector<uint64_t> orders;
-    std::vector<uint16_t> group;
-    std::vector<int32_t> group_start;
     TileTable<SimplexKey<Key>> simplices;
     TileTable<Key> vertices;
   };
@@ -207,23 +202,18 @@ class Builder {
 
     s.simplices.clear();
     s.vertices.clear();
-    const size_t key_base = out->keys.size(), group_base = out->group_size.size();
-    int groups = 0, keys = 0;
-    int32_t* start = s.group_start.data();
+    const size_t key_base = out->keys.size();
+    int simplices = 0, keys = 0;
+    uint16_t* simplex = point_simplex_.data() + first;
     for (int i = 0; i < n; ++i) {
-      int g;
       if (i > 0 && key[i] == key[i - 1] && order[i] == order[i - 1]) {
-        g = s.group[static_cast<size_t>(i - 1)];
-      } else {
-        const uint64_t hash = hash_key(key[i]) + (order[i] * 0xd1342543de82ef95u >> 40);
-        g = s.simplices.insert({key[i], order[i]}, hash, static_cast<uint16_t>(groups));
-      }
-      s.group[static_cast<size_t>(i)] = static_cast<uint16_t>(g);
-      if (g < groups) {
-        ++start[g + 1];
+        simplex[i] = simplex[i - 1];
         continue;
       }
-      start[++groups] = 1;
+      const uint64_t hash = hash_key(key[i]) + (order[i] * 0xd1342543de82ef95u >> 40);
+      simplex[i] = s.simplices.insert({key[i], order[i]}, hash, static_cast<uint16_t>(simplices));
+      if (simplex[i] < simplices) continue;
+      ++simplices;
       int axis_of_rank[kMaxFeatures + 1];
       for (int j = 0; j < d1; ++j) axis_of_rank[rank[j * kStride + i]] = j;
       Key vertex = key[i];
@@ -234,25 +224,16 @@ class Builder {
           out->keys.push_back(vertex);
           ++keys;
         }
-        out->group_vertex.push_back(id);
+        out->simplex_vertex.push_back(id);
         vertex = next_in_simplex(fields_, vertex, axis_of_rank[d_ - r]);
       }
     }
-    // Sort the points by group, keeping their order within each.
-    start[0] = 0;
-    out->group_size.resize(group_base + static_cast<size_t>(groups));
-    for (int g = 0; g < groups; ++g) {
-      out->group_size[group_base + static_cast<size_t>(g)] = static_cast<uint16_t>(start[g + 1]);
-      start[g + 1] += start[g];
-    }
     for (int i = 0; i < n; ++i) {
-      const int64_t slot = first + start[s.group[static_cast<size_t>(i)]]++;
-      slot_point_[slot] = static_cast<uint16_t>(i);
-      T* weight = weight_.data() + slot * d1;
+      T* weight = weight_.data() + (first + i) * d1;
       for (int r = 0; r < d1; ++r) weight[r] = s.weight[static_cast<size_t>(r * kStride + i)];
     }
     out->tile_keys.push_back(static_cast<int32_t>(out->keys.size() - key_base));
-    out->tile_groups.push_back(groups);
+    out->tile_simplices.push_back(simplices);
   }
 
   // Gives every distinct key a number in the order of first use, and every (tile, vertex) pair a
@@ -332,7 +313,9 @@ class Builder {
     h.vertices = static_cast<int64_t>(keys_.size());
     h.pairs = static_cast<int64_t>(pair_vertex_.size());
     h.merges = static_cast<int64_t>(merge_vertex_.size());
-    for (const auto& task : tasks_) h.groups += static_cast<int64_t>(task.group_size.size());
+    for (const auto& task : tasks_) {
+      h.simplices += static_cast<int64_t>(task.simplex_vertex.size()) / d1;
+    }
     for (int a = 0; a < d1; ++a) {
       h.chains += static_cast<int64_t>(axis_chain_begin_[static_cast<size_t>(a)].size());
       h.chain_vertices += static_cast<int64_t>(axis_chain_vertex_[static_cast<size_t>(a)].size());
@@ -346,10 +329,9 @@ class Builder {
     h.pair_begin = place(tiles + 1, 4);
     h.pair_vertex = place(h.pairs, 4);
     h.pair_row = place(h.pairs, 4);
-    h.group_begin = place(tiles + 1, 4);
-    h.group_vertex = place(h.groups * d1, 2);
-    h.group_size = place(h.groups, 2);
-    h.slot_point = place(points_, 2);
+    h.simplex_begin = place(tiles + 1, 4);
+    h.simplex_vertex = place(h.simplices * d1, 2);
+    h.point_simplex = place(points_, 2);
     h.weight = place(points_ * d1, sizeof(T));
     h.scale = place(points_, sizeof(T));
     h.merge_vertex = place(h.merges, 4);
@@ -365,16 +347,15 @@ class Builder {
       std::memcpy(base + offset, values.data(), values.size() * sizeof(values[0]));
     };
     auto* pair_begin = reinterpret_cast<int32_t*>(base + h.pair_begin);
-    auto* group_begin = reinterpret_cast<int32_t*>(base + h.group_begin);
-    int64_t tile = 0, groups = 0;
-    pair_begin[0] = group_begin[0] = 0;
+    auto* simplex_begin = reinterpret_cast<int32_t*>(base + h.simplex_begin);
+    int64_t tile = 0, written = 0;
+    pair_begin[0] = simplex_begin[0] = 0;
     for (const auto& task : tasks_) {
-      copy(h.group_vertex + groups * d1 * 2, task.group_vertex);
-      copy(h.group_size + groups * 2, task.group_size);
-      groups += static_cast<int64_t>(task.group_size.size());
+      copy(h.simplex_vertex + written * 2, task.simplex_vertex);
+      written += static_cast<int64_t>(task.simplex_vertex.size());
       for (size_t i = 0; i < task.tile_keys.size(); ++i, ++tile) {
         pair_begin[tile + 1] = pair_begin[tile] + task.tile_keys[i];
-        group_begin[tile + 1] = group_begin[tile] + task.tile_groups[i];
+        simplex_begin[tile + 1] = simplex_begin[tile] + task.tile_simplices[i];
       }
     }
     copy(h.pair_vertex, pair_vertex_);
@@ -396,32 +377,33 @@ class Builder {
     }
     axis_begin[d1] = chains;
     chain_begin[chains] = entries;
-    std::memcpy(base + h.slot_point, slot_point_.data(), static_cast<size_t>(points_) * 2);
+    std::memcpy(base + h.point_simplex, point_simplex_.data(), static_cast<size_t>(points_) * 2);
     std::memcpy(base + h.weight, weight_.data(), static_cast<size_t>(points_ * d1) * sizeof(T));
     normalize(base, h, normalization);
   }
 
   // Row sums of the filter, and from them the scale of each point.
   void normalize(char* base, LatticeHeader h, Normalization normalization) {
-    if (normalization == Normalization::kNone) return;
     auto* header = reinterpret_cast<LatticeHeader*>(base);
+    header->largest_weight = 1.001;  // barycentric weights sum to 1 up to rounding
+    if (normalization == Normalization::kNone) return;
     header->normalization = static_cast<int64_t>(Normalization::kNone);
     Workspace<T> row_sum(points_);
     filter_ones(Lattice<T>(base), row_sum.data());
     header->normalization = h.normalization;
     const bool symmetric = normalization == Normalization::kSymmetric;
+    if (normalization != Normalization::kBefore) {
+      const T least = *std::min_element(row_sum.data(), row_sum.data() + points_) + T(1e-20);
+      header->largest_weight *= symmetric ? 1 / std::sqrt(least) : 1 / least;
+    }
     T* scale = reinterpret_cast<T*>(base + h.scale);
     T* weight = reinterpret_cast<T*>(base + h.weight);
-    const auto* point = reinterpret_cast<const uint16_t*>(base + h.slot_point);
-    parallel_for(0, tiling_.count(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = tiling_.first_point(t), last = first + tiling_.points(t);
-        for (int64_t slot = first; slot < last; ++slot) {
-          const T sum = row_sum[first + point[slot]] + T(1e-20);
-          scale[slot] = symmetric ? T(1) / std::sqrt(sum) : T(1) / sum;
-          if (!symmetric) continue;
-          for (int r = 0; r <= d_; ++r) weight[slot * (d_ + 1) + r] *= scale[slot];
-        }
+    parallel_for(0, points_, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T sum = row_sum[i] + T(1e-20);
+        scale[i] = symmetric ? T(1) / std::sqrt(sum) : T(1) / sum;
+        if (!symmetric) continue;
+        for (int r = 0; r <= d_; ++r) weight[i * (d_ + 1) + r] *= scale[i];
       }
     });
   }
@@ -432,7 +414,7 @@ class Builder {
   int64_t points_;
   KeyFields<Key> fields_;
   std::vector<TaskOutput<Key>> tasks_;
-  Workspace<uint16_t> slot_point_;
+  Workspace<uint16_t> point_simplex_;
   Workspace<T> weight_;
   std::unique_ptr<KeyTable<Key>> table_;
   std::vector<Key> keys_;

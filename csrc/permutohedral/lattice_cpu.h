@@ -2,9 +2,8 @@
 //
 // Points are cut into tiles of at most kTilePoints neighbouring points (blocks of pixels where the
 // points form an image). A tile lists the distinct vertices its points touch, so that all work per
-// point stays in rows that fit the first-level cache, and the points of one tile that lie in one
-// simplex form a group, whose d + 1 rows are read and written once. Tiles own their partial sums,
-// which are added in tile order: the result has the same bits for any number of threads.
+// point stays in rows that fit a near cache. Tiles own their partial sums, which are added in tile
+// order: the result has the same bits for any number of threads. Points are numbered tile by tile.
 #pragma once
 
 #include <cstddef>
@@ -53,14 +52,15 @@ struct Tiling {
 struct LatticeHeader {
   int64_t magic, bytes, element_bytes, normalization;
   int64_t points, features, height, width;
-  int64_t vertices;  // M
-  int64_t pairs;     // P: distinct (tile, vertex) pairs
-  int64_t groups;    // distinct (tile, simplex) pairs
-  int64_t merges;    // vertices touched by two or more tiles
-  int64_t chains;    // runs of neighbours, all axes together
+  int64_t vertices;   // M
+  int64_t pairs;      // P: distinct (tile, vertex) pairs
+  int64_t simplices;  // distinct (tile, simplex) pairs
+  int64_t merges;     // vertices touched by two or more tiles
+  int64_t chains;     // runs of neighbours, all axes together
   int64_t chain_vertices;
-  int64_t pair_begin, pair_vertex, pair_row, group_begin, group_vertex, group_size, slot_point,
-      weight, scale, merge_vertex, merge_begin, axis_begin, chain_begin, chain_vertex;
+  double largest_weight;  // of a point: the sum of its weights, times its scale
+  int64_t pair_begin, pair_vertex, pair_row, simplex_begin, simplex_vertex, point_simplex, weight,
+      scale, merge_vertex, merge_begin, axis_begin, chain_begin, chain_vertex;
 };
 constexpr int64_t kLatticeMagic = 0x4c41545449434531;  // "LATTICE1"
 
@@ -68,20 +68,19 @@ constexpr int64_t kLatticeMagic = 0x4c41545449434531;  // "LATTICE1"
 template <typename T>
 struct Lattice {
   const LatticeHeader* header;
-  const int32_t* pair_begin;     // [tiles + 1]
-  const int32_t* pair_vertex;    // [P] vertex of each pair
-  const int32_t* pair_row;       // [P] row that holds its partial sum: vertex, or M + k
-  const int32_t* group_begin;    // [tiles + 1]
-  const uint16_t* group_vertex;  // [groups][d + 1] position in the tile's pair list
-  const uint16_t* group_size;    // [groups] points
-  const uint16_t* slot_point;    // [N] position in the tile of each point, group by group
-  const T* weight;               // [N][d + 1] in the order of slot_point
-  const T* scale;                // [N] the same order: 1 / row sum, for kBefore and kAfter
-  const int32_t* merge_vertex;   // [merges]
-  const int32_t* merge_begin;    // [merges + 1] its further rows are M + begin .. M + end
-  const int32_t* axis_begin;     // [d + 2] chains of each blur axis
-  const int32_t* chain_begin;    // [chains + 1]
-  const int32_t* chain_vertex;   // vertices along each chain
+  const int32_t* pair_begin;       // [tiles + 1]
+  const int32_t* pair_vertex;      // [P] vertex of each pair
+  const int32_t* pair_row;         // [P] row that holds its partial sum: vertex, or M + k
+  const int32_t* simplex_begin;    // [tiles + 1]
+  const uint16_t* simplex_vertex;  // [simplices][d + 1] position in the tile's pair list
+  const uint16_t* point_simplex;   // [N] position in the tile's simplex list
+  const T* weight;                 // [N][d + 1]
+  const T* scale;                  // [N] 1 / row sum, for kBefore and kAfter
+  const int32_t* merge_vertex;     // [merges]
+  const int32_t* merge_begin;      // [merges + 1] its further rows are M + begin .. M + end
+  const int32_t* axis_begin;       // [d + 2] chains of each blur axis
+  const int32_t* chain_begin;      // [chains + 1]
+  const int32_t* chain_vertex;     // vertices along each chain
 
   explicit Lattice(const void* buffer) : header(static_cast<const LatticeHeader*>(buffer)) {
     const char* base = static_cast<const char*>(buffer);
@@ -91,10 +90,9 @@ struct Lattice {
     at(pair_begin, header->pair_begin);
     at(pair_vertex, header->pair_vertex);
     at(pair_row, header->pair_row);
-    at(group_begin, header->group_begin);
-    at(group_vertex, header->group_vertex);
-    at(group_size, header->group_size);
-    at(slot_point, header->slot_point);
+    at(simplex_begin, header->simplex_begin);
+    at(simplex_vertex, header->simplex_vertex);
+    at(point_simplex, header->point_simplex);
     at(weight, header->weight);
     at(scale, header->scale);
     at(merge_vertex, header->merge_vertex);
@@ -112,12 +110,11 @@ struct Lattice {
 // What the tile kernels read of one tile.
 template <typename T>
 struct TileView {
-  int d1, pairs, groups, points;
+  int d1, pairs, points;
   const int32_t* pair_vertex;
   const int32_t* pair_row;
-  const uint16_t* group_vertex;
-  const uint16_t* group_size;
-  const uint16_t* slot_point;
+  const uint16_t* simplex_vertex;
+  const uint16_t* point_simplex;
   const T* weight;
   const T* slice_scale;  // null: 1
   const T* splat_scale;
@@ -126,14 +123,13 @@ struct TileView {
   TileView(const Lattice<T>& lattice, int64_t tile, int64_t first_point, int64_t points,
            bool transposed = false)
       : d1(static_cast<int>(lattice.d() + 1)), points(static_cast<int>(points)) {
-    const int32_t pair = lattice.pair_begin[tile], group = lattice.group_begin[tile];
+    const int32_t pair = lattice.pair_begin[tile];
     pairs = lattice.pair_begin[tile + 1] - pair;
-    groups = lattice.group_begin[tile + 1] - group;
     pair_vertex = lattice.pair_vertex + pair;
     pair_row = lattice.pair_row + pair;
-    group_vertex = lattice.group_vertex + static_cast<int64_t>(group) * d1;
-    group_size = lattice.group_size + group;
-    slot_point = lattice.slot_point + first_point;
+    simplex_vertex =
+        lattice.simplex_vertex + static_cast<int64_t>(lattice.simplex_begin[tile]) * d1;
+    point_simplex = lattice.point_simplex + first_point;
     weight = lattice.weight + first_point * d1;
     const auto mode = static_cast<Normalization>(lattice.header->normalization);
     const T* scale = lattice.scale + first_point;

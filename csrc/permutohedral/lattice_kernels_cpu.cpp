@@ -21,9 +21,10 @@ namespace {
 #define FASTSEG_KERNEL_FILE "permutohedral/permutohedral_kernel.inl"
 #include "common/foreach_isa.inl"
 
-#define FASTSEG_LATTICE_KERNELS(isa)                                                         \
-  {&isa::locate_points<T>, &isa::gather_rows<T>, &isa::scatter_rows<T>, &isa::slice_tile<T>, \
-   &isa::splat_tile<T>,    &isa::merge_rows<T>,  &isa::blur_chains<T>,  &isa::softmax_tile<T>}
+#define FASTSEG_LATTICE_KERNELS(isa)                                                           \
+  {&isa::locate_points<T>, &isa::gather_rows<T>, &isa::scatter_rows<T>, &isa::slice_tile<T>,   \
+   &isa::splat_tile<T>,    &isa::merge_rows<T>,  &isa::blur_chains<T>,  &isa::softmax_tile<T>, \
+   &isa::scale_rows<T>,    &isa::load_rows<T>,   &isa::store_rows<T>,   &isa::shift_logits<T>}
 
 }  // namespace
 
