@@ -20,7 +20,7 @@ RGB = tuple[float, float, float]
 
 # Convolutions that see the image, in any of our networks.
 IMAGE_CONVS = re.compile(
-    r"backbone\.stages\.0\.conv1_1(\.conv)?\.weight|backbone\.stem\.0\.conv\.weight|"
+    r"(fcn\.)?backbone\.stages\.0\.conv1_1(\.conv)?\.weight|backbone\.stem\.0\.conv\.weight|"
     r"branches\.0\.conv\.weight|encoder\.0\.0(\.conv)?\.weight"
 )
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastseg import convert, models
+from fastseg.nn import CRFRNN
 
 from .layouts import Source, caffe_vgg, flip, pool, resize
 
@@ -100,6 +101,24 @@ CASES = {
     "largefov": (deeplabv1, "deeplabv1_caffe", models.deeplabv1_largefov_vgg16, {}),
     "deeplabv2": (deeplabv2, "deeplabv2_caffe", models.deeplabv2_vgg16, {}),
 }
+
+
+def test_crfrnn():
+    source, x = Source(), torch.randn(2, 3, 41, 57, dtype=torch.float64)
+    scores = fcn8s(source, flip(x), trained=True)
+    source["upscore2.bias"] = torch.zeros(CLASSES, dtype=torch.float64)
+    layer = CRFRNN(CLASSES).double().eval()
+    for name, parameter in (
+        ("spatial_ker_weights", layer.spatial_weight),
+        ("bilateral_ker_weights", layer.bilateral_weight),
+        ("compatibility_matrix", layer.compatibility),
+    ):
+        torch.nn.init.normal_(parameter)
+        source[f"crfrnn.{name}"] = parameter.detach()
+    model = models.crfrnn_fcn8s_vgg16(**TINY, mean=0.0, std=20.0).double().eval()
+    report = convert.load(source, model)
+    assert (report.layout, report.kept) == ("crfrnn", [])
+    torch.testing.assert_close(model(x)["out"], layer(scores, 20 * x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -39,6 +39,21 @@ FCN = Layout(
     mean=MEAN,
     std=STD,
 )
+FCN_INSIDE: Any = ((name, f"fcn.{ours}", *change) for name, ours, *change in FCN.rules)
+CRFRNN = Layout(
+    "crfrnn",
+    "CRF-RNN of Zheng et al. in the PyTorch port of sadeepj",
+    marks=(*FCN.marks, r"crfrnn\.compatibility_matrix"),
+    rules=(
+        *FCN_INSIDE,
+        (r"crfrnn\.spatial_ker_weights", "crf.spatial_weight"),
+        (r"crfrnn\.bilateral_ker_weights", "crf.bilateral_weight"),
+        (r"crfrnn\.compatibility_matrix", "crf.compatibility"),
+    ),
+    bgr=True,
+    mean=(123.68, 116.779, 103.939),
+    std=STD,
+)
 FRONTEND = Layout(
     "dilation_frontend",
     "front end of Yu and Koltun",
@@ -100,7 +115,7 @@ VGG16 = Layout(
     mean=MEAN,
     std=STD,
 )
-LAYOUTS = (FCN, DILATION8, FRONTEND, DEEPLABV2, DEEPLABV1, VGG16)
+LAYOUTS = (CRFRNN, FCN, DILATION8, FRONTEND, DEEPLABV2, DEEPLABV1, VGG16)
 
 
 def caffe(state_dict: Mapping[str, Any], *, bgr: bool | None = None) -> dict[str, Tensor]:
