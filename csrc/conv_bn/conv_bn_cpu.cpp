@@ -20,6 +20,8 @@
 #include "common/counters.h"
 #include "common/dispatch.h"
 #include "common/isa.h"
+#include "common/layout.h"
+#include "common/parallel.h"
 #include "conv_bn/conv_bn.h"
 
 namespace fastseg {
@@ -95,9 +97,7 @@ struct Slabs {
   // fn(index of the slab, first element, one past its last), in parallel.
   template <typename Fn>
   void for_each(const Fn& fn) const {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) fn(s, s * slab, std::min((s + 1) * slab, total));
-    });
+    parallel_tasks(count, [&](int64_t s) { fn(s, s * slab, std::min((s + 1) * slab, total)); });
   }
 };
 
@@ -197,16 +197,14 @@ void batch_norm(const Tensor& y, const DenseLayout& layout, const std::vector<ac
     return residual_data != nullptr ? residual_data + at : nullptr;
   };
   if (!layout.channels_last) {
-    torch::stable::parallel_for(0, layout.C, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        plane_moments(y_data, layout, c, mean + c, var + c);
-        const acc scale = scale_of(c);
-        for (int64_t n = 0; n < layout.N; ++n) {
-          const int64_t at = (n * layout.C + c) * layout.HW;
-          FASTSEG_ISA_CALL(normalize<T, false>)(y_data + at, residual_at(at), z_data + at,
-                                                {mean + c, &scale, &bias[c]}, slope, layout.HW,
-                                                layout.HW);
-        }
+    parallel_tasks(layout.C, [&](int64_t c) {
+      plane_moments(y_data, layout, c, mean + c, var + c);
+      const acc scale = scale_of(c);
+      for (int64_t n = 0; n < layout.N; ++n) {
+        const int64_t at = (n * layout.C + c) * layout.HW;
+        FASTSEG_ISA_CALL(normalize<T, false>)(y_data + at, residual_at(at), z_data + at,
+                                              {mean + c, &scale, &bias[c]}, slope, layout.HW,
+                                              layout.HW);
       }
     });
     return;
@@ -267,28 +265,26 @@ void batch_norm_backward(const Tensor& dz, const Tensor& y, const DenseLayout& l
   };
 
   if (!layout.channels_last) {
-    torch::stable::parallel_for(0, layout.C, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        const acc scale = static_cast<acc>(weight[c] * invstd_of(c));
-        const Affine<acc> params{mean + c, &scale, &bias[c]};
-        Sums sums;
-        for (int64_t n = 0; n < layout.N; ++n) {
-          const int64_t plane = (n * layout.C + c) * layout.HW;
-          for (int64_t at = 0; at < layout.HW; at += kPlaneBlock) {
-            acc g[kPlaneLanes] = {}, gc[kPlaneLanes] = {};
-            reduce(std::false_type{}, plane + at, params, g, gc,
-                   std::min(kPlaneBlock, layout.HW - at), kPlaneLanes);
-            for (acc v : g) sums.g += v;
-            for (acc v : gc) sums.gc += v;
-          }
+    parallel_tasks(layout.C, [&](int64_t c) {
+      const acc scale = static_cast<acc>(weight[c] * invstd_of(c));
+      const Affine<acc> params{mean + c, &scale, &bias[c]};
+      Sums sums;
+      for (int64_t n = 0; n < layout.N; ++n) {
+        const int64_t plane = (n * layout.C + c) * layout.HW;
+        for (int64_t at = 0; at < layout.HW; at += kPlaneBlock) {
+          acc g[kPlaneLanes] = {}, gc[kPlaneLanes] = {};
+          reduce(std::false_type{}, plane + at, params, g, gc,
+                 std::min(kPlaneBlock, layout.HW - at), kPlaneLanes);
+          for (acc v : g) sums.g += v;
+          for (acc v : gc) sums.gc += v;
         }
-        const auto [k1, k2] = finish(c, sums);
-        for (int64_t n = 0; n < layout.N; ++n) {
-          const int64_t at = (n * layout.C + c) * layout.HW;
-          FASTSEG_ISA_CALL(backward_apply<T, false>)(second_data + at, with_residual, y_data + at,
-                                                     dy_data + at, params, &k1, &k2, slope,
-                                                     layout.HW, layout.HW);
-        }
+      }
+      const auto [k1, k2] = finish(c, sums);
+      for (int64_t n = 0; n < layout.N; ++n) {
+        const int64_t at = (n * layout.C + c) * layout.HW;
+        FASTSEG_ISA_CALL(backward_apply<T, false>)(second_data + at, with_residual, y_data + at,
+                                                   dy_data + at, params, &k1, &k2, slope, layout.HW,
+                                                   layout.HW);
       }
     });
     return;
@@ -335,6 +331,14 @@ void batch_norm_backward(const Tensor& dz, const Tensor& y, const DenseLayout& l
   });
 }
 
+// An uninitialised tensor with the shape, dtype and layout of y.
+Tensor fresh_like(const Tensor& y) {
+  Tensor fresh = torch::stable::empty_like(y);
+  prefer_huge_pages(fresh.mutable_data_ptr(),
+                    fresh.numel() * static_cast<int64_t>(fresh.element_size()));
+  return fresh;
+}
+
 // x (N, C_in, H, W), weight (C, C_in / groups, kh, kw), batch norm folded into both; residual has
 // the output's shape -> activation(convolution + residual).
 Tensor conv_act_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -369,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cpu(
   Tensor y = convolution(x, weight, bias, stride, padding, dilation, groups);
   const DenseLayout layout = dense_layout(y);
   const auto stats = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor z = torch::stable::empty_like(y);
+  Tensor z = fresh_like(y);
   Tensor mean = torch::stable::new_empty(y, {layout.C}, stats);
   Tensor var = torch::stable::new_empty(y, {layout.C}, stats);
   Tensor r;
@@ -396,10 +400,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
                     var.is_contiguous(),
                 "conv_bn_act: mean and var must have shape (", layout.C, ",)");
   const Tensor gradient = with_layout(dz, y, layout);
-  Tensor dy = torch::stable::empty_like(y);
+  Tensor dy = fresh_like(y);
   Tensor dweight = torch::stable::empty_like(mean), dbias = torch::stable::empty_like(mean);
-  Tensor r, dresidual = residual.has_value() ? torch::stable::empty_like(y)
-                                             : torch::stable::new_empty(y, {0});
+  Tensor r, dresidual = residual.has_value() ? fresh_like(y) : torch::stable::new_empty(y, {0});
   if (residual.has_value()) r = with_layout(*residual, y, layout);
   dispatch_floating(y, "conv_bn_act", [&](auto tag) {
     using T = decltype(tag);

@@ -123,7 +123,8 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits, int64_t H, 
 Tensor upsample_softmax_cpu(const Tensor& logits, int64_t H, int64_t W, bool align_corners) {
   const MemoryFormat layout = image_layout(logits);
   const Resize r = make_resize(logits, layout, H, W, align_corners);
-  Tensor probs = torch::stable::new_empty(logits, {r.N, r.C, H, W});
+  Tensor probs =
+      empty_image(logits, {r.N, r.C, H, W}, logits.scalar_type(), MemoryFormat::Contiguous);
   const Tensor x = dense(logits, layout);
   dispatch_floating(x, "upsample_softmax", [&](auto tag) {
     using T = decltype(tag);

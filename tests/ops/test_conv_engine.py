@@ -1,7 +1,5 @@
 """The engine's convolutions against torch in float64, for every algorithm and instruction set."""
 
-import random
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -129,35 +127,6 @@ def test_strict_is_as_accurate_as_torch(kernel, cpu_isa):
     plain = conv_engine_reference(x, weight, bias, residual, **options)
     exact = exact_result(x, weight, bias, residual, **options)
     assert_as_accurate(conv_engine(x, conv, residual), plain, exact, factor=1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(200))
-def test_random_convolutions(seed, threads):
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    threads(rng.choice([1, 2]))
-    long = rng.choice([5, 7, 15, 16])
-    kernel = rng.choice([(1, 1), (3, 3), (3, 3), (long, 1), (1, long), (rng.randint(1, 7), 5)])
-    stride = rng.choice([(1, 1), (1, 1), (1, 1), (2, 2), (1, 3)])
-    dilation = (1, 1) if max(kernel) > 7 else (rng.randint(1, 9), rng.randint(1, 9))
-    same = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
-    padding = rng.choice([same, (0, 0), (rng.randint(0, 6), rng.randint(0, 6))])
-    C, K = (rng.choice([1, 3, 16, 33, 64, rng.randint(1, 300)]) for _ in range(2))
-    H, W = (rng.randint(d * (k - 1) + 1, 80) for d, k in zip(dilation, kernel, strict=True))
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "activation": rng.choice(["none", "relu", "leaky_relu"]),
-    }
-    tensors = case(rng.choice([1, 2]), C, H, W, K, kernel, **options)
-    exact = exact_result(*tensors, **options)
-    tile = choose_tile(C, K, kernel, (H, W), stride, padding, dilation)
-    for algorithm in {0, tile}:
-        conv = pack_conv(*tensors[1:3], **options, tile=algorithm)
-        error = relative_error(conv_engine(tensors[0], conv, tensors[3]), exact)
-        assert error <= ALLOWED[algorithm]
 
 
 @pytest.mark.parametrize("tile", [0, 4])
