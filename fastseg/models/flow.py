@@ -28,6 +28,7 @@ OPERATIONS = {
 }
 # Modules that are one layer to a reader.
 NAMES = {
+    "CRFRNN": "CRF as a recurrent network",
     "BoundaryRefinement": "boundary refinement",
     "ChainedPooling": "chained pooling",
     "LocalResponseNorm": "LRN",
@@ -119,6 +120,15 @@ class _Recorder(TorchDispatchMode):
                 if reshape and tensor.dim() == 4 and tensor.is_floating_point():
                     self.layers[layer].shape = tuple(tensor.shape[1:])
 
+    def writers(self, arguments: Any) -> list[int]:
+        """Positions of the layers that wrote these tensors, each once."""
+        written = (self.writer.get(id(x)) for x in tree_leaves(arguments) if isinstance(x, Tensor))
+        return list(dict.fromkeys(i for i in written if i is not None))
+
+    def read(self, arguments: Any, layer: int) -> None:
+        known = self.layers[layer].inputs
+        known.extend(i for i in self.writers(arguments) if i != layer and i not in known)
+
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if self.running is None:
@@ -130,6 +140,7 @@ class _Recorder(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if self.running is not None and self.running[0] == name:
                 if self.current is not None:
+                    self.read(args, self.current)
                     self.write(result, self.current)
                 self.running = self.current = None
 
@@ -137,11 +148,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        read = [
-            self.writer[id(x)]
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, Tensor) and id(x) in self.writer
-        ]
+        read = self.writers((args, kwargs))
         if not read:
             return result
         operation = func._schema.name.partition("::")[2].rstrip("_")
@@ -149,12 +156,11 @@ class _Recorder(TorchDispatchMode):
             if self.current is None:
                 self.current = self._start(*self.running)
             layer = self.current
-        elif operation in OPERATIONS:
+        elif operation in OPERATIONS and not (operation == "add" and len(read) == 1):
             layer = self.new("", OPERATIONS[operation])
         else:
             layer = read[0]
-        known = self.layers[layer].inputs
-        known.extend(i for i in dict.fromkeys(read) if i != layer and i not in known)
+        self.read((args, kwargs), layer)
         if operation == "convolution":
             x, weight, transposed = args[0], args[1], args[6]
             maps = x if transposed else result

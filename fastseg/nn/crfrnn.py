@@ -58,6 +58,8 @@ class CRFRNN(nn.Module):
                 "CRFRNN: image must have the batch and size of the scores "
                 f"{tuple(scores.shape)}, got {tuple(image.shape)}"
             )
+        if scores.is_meta:  # the lattice's size depends on the image; the result's does not
+            return torch.empty_like(scores)
         u = scores.flatten(2)  # (N, L, H * W)
         u = u if u.dtype == torch.float64 else u.float()
         features = bilateral_features(image.detach().to(u), *self.bilateral)

@@ -52,7 +52,9 @@ def test_parallel_branches_and_auxiliary_output():
     assert [layer.outputs for layer in layers if layer.outputs] == [["out"], ["aux"]]
 
 
-@pytest.mark.parametrize("name", ["gcn_resnet50", "pspnet_resnet50", "unet", "u2netp"])
+@pytest.mark.parametrize(
+    "name", ["gcn_resnet50", "pspnet_resnet50", "unet", "u2netp", "crfrnn_fcn8s_vgg16"]
+)
 def test_totals_are_those_of_the_network(name):
     with torch.device("meta"):
         model = models.create_model(name)
