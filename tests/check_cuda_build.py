@@ -67,7 +67,7 @@ def demangle(names: list[str]) -> list[str]:
     readable = []
     for line in done.stdout.splitlines():
         arch, _, name = line.partition(" ")
-        name = name.replace("fastseg::(anonymous namespace)::", "").replace("fastseg::", "")
+        name = name.replace("(anonymous namespace)::", "").replace("fastseg::", "")
         name = name.removeprefix("void ").replace("torch::headeronly::", "").replace("c10::", "")
         depth = 0  # cut the parameter list: the first "(" outside template brackets
         for i, c in enumerate(name):

@@ -10,9 +10,12 @@
 #include <tuple>
 #include <type_traits>
 
+#include "common/counters.h"
 #include "common/cuda.h"
 #include "common/dispatch.h"
+#include "common/layout.h"
 #include "conv_bn/conv_bn.h"
+#include "conv_bn/conv_direct.h"
 
 namespace fastseg {
 namespace {
@@ -395,10 +398,78 @@ void dispatch_layout(const DenseLayout& layout, const Fn& fn) {
   layout.channels_last ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
+// Whether the direct convolution takes this layer, and its parameters if so: 16-bit channels-last
+// tensors of which at most 60 % of the (pixel, tap) pairs lie inside the image. Below that share,
+// skipping outweighs what mma.sync reaches less than a library's kernel (computed from published
+// fractions of peak, 0.55 against 0.85; no GPU has measured it yet).
+bool direct_conv_of(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+                    const IntList& stride, const IntList& padding, const IntList& dilation,
+                    int64_t groups, double slope, DirectConv* conv) {
+  constexpr double kLargestShare = 0.6;
+  const bool half = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
+  const int64_t C = x.size(1), K = weight.size(0), taps = weight.size(2) * weight.size(3);
+  if (!half || groups != 1 || C % 8 != 0 || K % 8 != 0 || taps > 64 || x.numel() == 0 ||
+      x.numel() > INT32_MAX || x.scalar_type() != weight.scalar_type()) {
+    return false;
+  }
+  const auto axis = [&](int i) {
+    const int64_t in = x.size(2 + i), reach = dilation[i] * (weight.size(2 + i) - 1) + 1;
+    const int64_t out = (in + 2 * padding[i] - reach) / stride[i] + 1;
+    return ConvAxis{static_cast<int>(in),
+                    static_cast<int>(out),
+                    static_cast<int>(weight.size(2 + i)),
+                    static_cast<int>(stride[i]),
+                    static_cast<int>(padding[i]),
+                    static_cast<int>(dilation[i])};
+  };
+  *conv = DirectConv{static_cast<int>(x.size(0)),
+                     static_cast<int>(C),
+                     static_cast<int>(K),
+                     axis(0),
+                     axis(1),
+                     {},
+                     {},
+                     static_cast<float>(slope)};
+  if (conv->rows.out < 1 || conv->cols.out < 1) return false;
+  const auto is_channels_last = [](const Tensor& t) {
+    return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.size(1) &&
+           t.stride(0) == t.size(2) * t.stride(2) && aligned_16(static_cast<char*>(t.data_ptr()));
+  };
+  if (!is_channels_last(x) || (residual.has_value() && !is_channels_last(*residual))) return false;
+  if (inside_share(conv->rows) * inside_share(conv->cols) > kLargestShare) return false;
+  conv->row_segments = tap_segments(conv->rows);
+  conv->col_segments = tap_segments(conv->cols);
+  return true;
+}
+
+template <typename T>
+Tensor run_direct_conv(const DirectConv& conv, const Tensor& x, const Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual) {
+  const Tensor filters = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
+  Tensor z = empty_image(x, {conv.N, conv.K, conv.rows.out, conv.cols.out}, x.scalar_type(),
+                         MemoryFormat::ChannelsLast);
+  const auto data = [](const OptionalTensor& t) {
+    return t.has_value() ? t->const_data_ptr<T>() : nullptr;
+  };
+  OptionalTensor biases;
+  if (bias.has_value()) biases = torch::stable::contiguous(*bias);
+  launch_direct_conv<T>(conv, x.const_data_ptr<T>(), filters.const_data_ptr<T>(), data(biases),
+                        data(residual), z.mutable_data_ptr<T>(), current_stream(x));
+  return z;
+}
+
 Tensor conv_act_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& residual, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, double negative_slope) {
   const DeviceGuard guard(x);
+  DirectConv conv;
+  if (direct_conv_of(x, weight, residual, stride, padding, dilation, groups, negative_slope,
+                     &conv)) {
+    FASTSEG_COUNT("conv_act.cuda_direct");
+    return x.scalar_type() == ScalarType::Half
+               ? run_direct_conv<Half>(conv, x, weight, bias, residual)
+               : run_direct_conv<BFloat16>(conv, x, weight, bias, residual);
+  }
   Tensor z = torch_convolution(x, weight, bias, stride, padding, dilation, groups);
   if ((!residual.has_value() && negative_slope == 1) || z.numel() == 0) return z;
   const DenseLayout layout = dense_layout(z);

@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/check.h"
 #include "common/host_device.h"
+#include "common/layout.h"
 
 namespace fastseg {
 
@@ -42,4 +44,26 @@ struct ResizeAxis {
   }
 };
 
+namespace upsample {
+
+// Sizes of a resize of logits (N, C, h, w).
+struct Resize {
+  int64_t N, C;
+  ResizeAxis rows, cols;
+  bool channels_last;
+};
+
+inline Resize make_resize(const Tensor& logits, MemoryFormat layout, int64_t H, int64_t W,
+                          bool align_corners) {
+  FASTSEG_CHECK(logits.dim() == 4 && logits.size(1) > 0 && logits.size(2) > 0 &&
+                    logits.size(3) > 0 && H > 0 && W > 0,
+                "upsample: logits must be (N, C, h, w) with at least one class and pixel");
+  return {logits.size(0),
+          logits.size(1),
+          {logits.size(2), H, align_corners},
+          {logits.size(3), W, align_corners},
+          layout == MemoryFormat::ChannelsLast};
+}
+
+}  // namespace upsample
 }  // namespace fastseg

@@ -32,12 +32,6 @@ constexpr int64_t kTileStep = 64;         // columns: kTileVectors of the widest
 constexpr int64_t kBandRows = 64;         // output rows of a task
 constexpr int64_t kRowBytes = 32 * 1024;  // two source rows of a tile: most of L1
 
-struct Resize {
-  int64_t N, C;
-  ResizeAxis rows, cols;
-  bool channels_last;
-};
-
 // What to write: labels (and the probability of each) or the probabilities of all classes.
 template <typename T>
 struct Outputs {
@@ -51,18 +45,6 @@ struct Outputs {
 #include "common/foreach_isa.inl"
 
 struct TaskBuffer;  // names the scratch memory of a task
-
-Resize make_resize(const Tensor& logits, MemoryFormat layout, int64_t H, int64_t W,
-                   bool align_corners) {
-  FASTSEG_CHECK(logits.dim() == 4 && logits.size(1) > 0 && logits.size(2) > 0 &&
-                    logits.size(3) > 0 && H > 0 && W > 0,
-                "upsample: logits must be (N, C, h, w) with at least one class and pixel");
-  return {logits.size(0),
-          logits.size(1),
-          {logits.size(2), H, align_corners},
-          {logits.size(3), W, align_corners},
-          layout == MemoryFormat::ChannelsLast};
-}
 
 // Whether PyTorch blends four products: its kernels for channels-last tensors of more than 3
 // channels and for small results do; else it goes along x, then along y.

@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_emulation"  # objects by content: a second run compiles nothing
 
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-terminate"]
+FLAGS += ["-fno-strict-aliasing"]  # kernels view shared memory as several types, as nvcc lets them
 FLAGS += ["-DFASTSEG_EMULATE", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 if os.uname().machine == "x86_64":
     FLAGS += ["-mavx2", "-mfma", "-mf16c"]

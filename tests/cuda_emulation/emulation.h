@@ -11,6 +11,7 @@
 #include <functional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -61,6 +62,13 @@ namespace emulation {
 
 struct Block;
 
+// A cp.async that has not been waited for.
+struct AsyncCopy {
+  char* to;
+  const char* from;
+  bool valid;
+};
+
 // One CUDA thread as its kernel sees it.
 struct Thread {
   uint3 index;
@@ -68,6 +76,8 @@ struct Thread {
   Block* block;
   dim3 grid_dim, block_dim;
   uint3 block_index;
+  std::vector<AsyncCopy> copies;  // oldest first
+  std::vector<size_t> groups;     // end of each committed group in `copies`
 };
 
 extern thread_local Thread* current __attribute__((tls_model("initial-exec")));

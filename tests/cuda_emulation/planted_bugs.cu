@@ -1,6 +1,7 @@
 // Kernels that are right, and the same ones with one bug each (FASTSEG_BUG), for the self-tests of
 // the emulator: every kind of bug must be seen.
 #include "common/cuda.h"
+#include "common/ptx.cuh"
 
 namespace fastseg {
 namespace {
@@ -26,6 +27,30 @@ __global__ void block_sum(const float* x, float* sums, int bug) {
   }
 }
 
+// Sums of 256 numbers per block that come through one stage of shared memory, 128 at a time.
+__global__ void staged_sum(const float* x, float* sums, int bug) {
+  FASTSEG_SHARED(float, stage, 128);
+  FASTSEG_SHARED(float, parts, 256);
+  const int t = threadIdx.x;
+  float sum = 0;
+  for (int half = 0; half < 2; ++half) {
+    const int shift = bug == 3 ? 1 : 0;  // bug 3: an address that is not a multiple of 16
+    if (t < 32) {
+      cp_async_16(stage + (t * 4 + shift) % 128, x + blockIdx.x * 256 + half * 128 + t * 4, true);
+    }
+    cp_async_commit();
+    if (bug != 1) cp_async_wait<0>();  // bug 1: read before the copy is waited for
+    if (bug != 2) __syncthreads();     // bug 2: waited for, but only by the thread that copies
+    if (t < 128) sum += stage[127 - t];
+    if (bug != 4) __syncthreads();  // bug 4: the stage is overwritten while others still read it
+  }
+  parts[t] = sum;
+  __syncthreads();
+  if (t != 0) return;
+  sums[blockIdx.x] = 0;
+  for (int i = 0; i < 128; ++i) sums[blockIdx.x] += parts[i];
+}
+
 // Every block adds to one cell.
 __global__ void global_sum(const int* x, int* sum, int bug) {
   const int value = x[blockIdx.x * blockDim.x + threadIdx.x];
@@ -46,6 +71,9 @@ extern "C" const char* run_planted(const char* name, const void* in, void* out, 
   try {
     if (name == std::string("block_sum")) {
       launch(block_sum, blocks, 256, 0, nullptr, static_cast<const float*>(in),
+             static_cast<float*>(out), bug);
+    } else if (name == std::string("staged_sum")) {
+      launch(staged_sum, blocks, 256, 0, nullptr, static_cast<const float*>(in),
              static_cast<float*>(out), bug);
     } else if (name == std::string("global_sum")) {
       launch(global_sum, blocks, 256, 0, nullptr, static_cast<const int*>(in),

@@ -21,7 +21,7 @@ def run(kernel: str, bug: int, sanitizer: str = "", seed: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["block_sum", "global_sum"])
+@pytest.mark.parametrize("kernel", ["block_sum", "staged_sum", "global_sum"])
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 def test_right_kernels_pass(kernel, sanitizer):
     for seed in range(1 if sanitizer else 4):
@@ -42,6 +42,10 @@ def test_right_kernels_pass(kernel, sanitizer):
         pytest.param("block_sum", 3, "", "mask 0x0000ffff", id="lanes disagree on the mask"),
         pytest.param("block_sum", 4, "", "wrong result: .*nan", id="read before any write"),
         pytest.param("block_sum", 5, "", "deadlock.*__syncthreads", id="a thread skips a barrier"),
+        pytest.param("staged_sum", 1, "", "wrong result: .*nan", id="copy not waited for"),
+        pytest.param("staged_sum", 2, "thread", "data race", id="copy waited for by one thread"),
+        pytest.param("staged_sum", 3, "", "multiples of 16", id="misaligned copy"),
+        pytest.param("staged_sum", 4, "thread", "data race", id="stage overwritten too early"),
         pytest.param("global_sum", 1, "thread", "data race", id="blocks race in global memory"),
     ],
 )

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from . import build
+from fastseg import _C
 
-pytestmark = pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
+from . import build
 
 CPU, LAST = torch.contiguous_format, torch.channels_last
 
@@ -69,7 +69,36 @@ def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0):
     ]
 
 
+def atrous(ops, size, channels, dilation, dtype, residual=True, slope=0.0, kernel=3, stride=1):
+    """A layer most of whose taps read padding: the direct convolution."""
+    C, K = channels
+    x = torch.randn(2, C, *size).to(dtype).contiguous(memory_format=LAST)
+    weight = torch.randn(K, C, kernel, kernel).to(dtype) * 0.1
+    padding = dilation * (kernel - 1) // 2
+    out = [(n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size]
+    r = torch.randn(2, K, *out).to(dtype).contiguous(memory_format=LAST) if residual else None
+    pairs = [[v, v] for v in (stride, padding, dilation)]
+    return [ops.conv_act(x, weight, torch.randn(K).to(dtype), r, *pairs, 1, slope)]
+
+
+def upsample(ops, shape, size, dtype, layout, align_corners=False):
+    """Probabilities of labels rather than labels, which may differ where two logits are equal."""
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    labels, prob = ops.upsample_argmax(x, *size, align_corners, True)
+    probs = ops.upsample_softmax(x, *size, align_corners)
+    assert labels.shape == prob.shape == probs[:, 0].shape
+    return [prob, probs, probs.float().gather(1, labels.long()[:, None])]
+
+
 CASES = {
+    "upsample nchw": lambda ops: upsample(ops, (2, 5, 4, 6), (9, 13), torch.float32, CPU),
+    "upsample nhwc": lambda ops: upsample(ops, (1, 7, 5, 3), (4, 8), torch.float16, LAST, True),
+    "upsample many": lambda ops: upsample(ops, (1, 300, 2, 3), (3, 5), torch.float64, CPU),
+    "direct conv": lambda ops: atrous(ops, (13, 11), (64, 136), 6, torch.float16),
+    "direct conv ragged": lambda ops: atrous(ops, (9, 7), (40, 8), 5, torch.bfloat16, False, 0.1),
+    "direct conv strided": lambda ops: atrous(
+        ops, (15, 16), (8, 24), 9, torch.float16, True, 1.0, 3, 2
+    ),
     "pool 2x2 nhwc": lambda ops: pooling(ops, (2, 16, 6, 8), torch.float16, LAST, (2, 2, 0)),
     "pool 2x2 nhwc packed": lambda ops: pooling(
         ops, (2, 16, 7, 5), torch.bfloat16, LAST, (2, 2, 0), True
@@ -99,6 +128,21 @@ CASES = {
 }
 
 
+emulated = pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
+
+
+def assert_same(got, expected):
+    """Equal; floating-point values to within rounding, 16-bit ones to two rounding steps, because
+    PyTorch rounds between a convolution and what follows it."""
+    if expected.dtype in (torch.float16, torch.bfloat16) and expected.numel() > 0:
+        step = torch.finfo(expected.dtype).eps
+        atol = 2 * step * expected.abs().nan_to_num().max().item()
+        torch.testing.assert_close(got, expected, rtol=2 * step, atol=atol)
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+@emulated
 @pytest.mark.parametrize("case", CASES)
 def test_emulated_equals_cpu(case):
     torch.set_num_threads(1)  # under a sanitizer, torch's own threads would be reported
@@ -112,9 +156,50 @@ def test_emulated_equals_cpu(case):
         emulator.seed(0)
         for expected, got in zip(*results, strict=True):
             assert got.stride() == expected.stride()
-            torch.testing.assert_close(got, expected)
+            assert_same(got, expected)
 
 
+@emulated
+def test_direct_conv_skips_taps_and_has_no_bank_conflicts():
+    size, channels = (16, 16), (32, 128)  # 512 pixels in 9 classes: 4 blocks
+    with build.emulated_library().counting() as counts:
+        atrous(torch.ops.fastseg_emulated, size, channels, 8, torch.float16)
+    # Half of the rows and columns lose one of two outer taps: 4 taps each, and 256 mma a step.
+    assert counts["mma"] == 4 * 4 * 256
+    assert counts["bank_conflicts"] == 0
+    assert counts["sectors"] <= 1.1 * counts["ideal_sectors"]
+
+
+class OnCuda:
+    """The ops, on copies of their tensor arguments on the GPU."""
+
+    def __getattr__(self, name: str):
+        op = getattr(torch.ops.fastseg, name)
+
+        def move(x):
+            return x.cuda() if isinstance(x, torch.Tensor) else x
+
+        return lambda *arguments: op(*torch.utils._pytree.tree_map(move, arguments))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_cuda_equals_cpu(case):
+    if not torch.cuda.is_available() or not _C.build_info()["cuda_archs"]:
+        pytest.skip("needs a CUDA device and fastseg built for it")
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        results = []
+        for ops in (torch.ops.fastseg, OnCuda()):
+            torch.manual_seed(0)
+            results.append(CASES[case](ops))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for expected, got in zip(*results, strict=True):
+        assert got.is_cuda
+        assert_same(got.cpu(), expected)
+
+
+@emulated
 @pytest.mark.slow
 @pytest.mark.skipif("FASTSEG_SANITIZE" in os.environ, reason="runs inside itself")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
