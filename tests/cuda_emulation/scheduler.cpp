@@ -524,7 +524,7 @@ Votes block_barrier(int id, int expected, bool predicate, bool wait) {
   votes.any |= predicate;
   votes.all &= predicate;
   votes.count += predicate;
-  release(&barrier);
+  release(&votes);  // one object per phase: a late acquire must not see the next phase's releases
   const uint32_t generation = barrier.generation;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
@@ -532,7 +532,7 @@ Votes block_barrier(int id, int expected, bool predicate, bool wait) {
   }
   if (!wait) return {};
   wait_while(&barrier.generation, generation, id == 0 ? "__syncthreads" : "a named barrier");
-  acquire(&barrier);
+  acquire(&votes);
   return votes;
 }
 
@@ -561,7 +561,7 @@ char* warp_exchange(uint32_t mask, const char* what, const void* mine, size_t by
   const uint32_t generation = meeting.generation;
   char* slots = meeting.slots[generation & 1];
   copy_unseen(slots + current->lane * kSlotBytes, mine, bytes);
-  if (synchronise) release(&meeting);
+  if (synchronise) release(slots);
   warp.pending |= 1u << key;
   meeting.arrived |= me;
   if (meeting.arrived == mask) {
@@ -572,7 +572,7 @@ char* warp_exchange(uint32_t mask, const char* what, const void* mine, size_t by
   } else {
     wait_while(&meeting.generation, generation, what);
   }
-  if (synchronise) acquire(&meeting);
+  if (synchronise) acquire(slots);
   return slots;
 }
 
