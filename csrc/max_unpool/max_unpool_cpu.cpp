@@ -2,7 +2,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -26,6 +32,12 @@ void for_rows(int64_t count, int64_t width, const Rows& rows) {
                               rows);
 }
 
+// Values of a split row (split_columns) with room for windows that hang over.
+int64_t split_size(const Pool2d& p) {
+  const WindowAxis& a = p.cols;
+  return int64_t{std::max(a.count, a.size / a.stride) + 2 * a.kernel + 2} * a.stride;
+}
+
 // Unpooling that sums nothing and pooling by index only move bits: 16-bit types share their code.
 template <typename T>
 using Moved = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
@@ -46,7 +58,9 @@ std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& image, IntPair kernel, I
     const int64_t count = p.N * h * (p.channels_last() ? 1 : p.index_channels());
     for_rows(count, p.N * p.C * h * w / std::max<int64_t>(1, count), [&](auto begin, auto end) {
       std::vector<uint8_t> scratch(p.packed ? 4 * std::max(p.index_channels(), w) : 0);
-      FASTSEG_ISA_CALL(pool_rows<T>)(p, from, to, codes, scratch.data(), begin, end);
+      std::vector<T> split(split_size(p));
+      FASTSEG_ISA_CALL(pool_rows<T>)
+      (p, from, to, codes, scratch.data(), split.data(), begin, end);
     });
   });
   return {y, indices};
@@ -78,7 +92,10 @@ Tensor max_unpool2d_cpu(const Tensor& pooled, const Tensor& pooled_indices, IntP
     const int piece =
         static_cast<int>(std::max<int64_t>(1, kPieceBytes / sizeof(Acc) / step) * p.cols.stride);
     for_rows(count, p.cols.size * channels, [&](auto begin, auto end) {
-      std::vector<Acc> buffer((piece + 2 * p.cols.kernel) * channels);
+      // As unpool_row_channels_last and unpool_row share it out.
+      const int64_t values = p.channels_last() ? (piece + 2 * p.cols.kernel) * p.C
+                                               : split_size(p) + p.cols.size + p.cols.count;
+      std::vector<Acc> buffer(values);
       std::vector<uint8_t> scratch(p.packed ? 4 * p.index_channels() + p.cols.count : 0);
       kernel_of_isa(p, from, codes, to, piece, buffer.data(), scratch.data(), begin, end);
     });
@@ -115,8 +132,9 @@ Tensor max_pool2d_by_index_cpu(const Tensor& image, const Tensor& image_indices,
     const int64_t channels = p.channels_last() ? p.C : 1;
     for_rows(p.N * (p.channels_last() ? 1 : p.C) * h, w * channels, [&](auto begin, auto end) {
       std::vector<uint8_t> scratch(p.packed ? 4 * p.index_channels() + w : 0);
+      std::vector<M> split(split_size(p));
       FASTSEG_ISA_CALL(by_index_rows<M>)
-      (p, from, codes, to, last_only, scratch.data(), begin, end);
+      (p, from, codes, to, last_only, scratch.data(), split.data(), begin, end);
     });
   });
   return y;

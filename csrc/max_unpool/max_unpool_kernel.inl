@@ -2,6 +2,8 @@
 // once per instruction set (common/isa.h); plain loops that the compiler vectorises: over the
 // channels of a pixel in channels-last images, over the pixels of a row in NCHW.
 
+#include "common/convert.inl"
+
 // one(i) for i in [0, count), in vectors. Blocks of 64 fill the registers where bytes go with wider
 // values, blocks of 16 serve short rows; the last block overlaps the one before instead of leaving
 // a scalar tail. So one(i) must not depend on one(j), and running it twice must change nothing.
@@ -18,6 +20,39 @@ inline void in_blocks(int64_t count, const One& one) {
   if (count >= 64) return in_blocks_of<64>(count, one);
   if (count >= 16) return in_blocks_of<16>(count, one);
   for (int64_t i = 0; i < count; ++i) one(i);
+}
+
+// yes ? a : b on the bits. The compiler would move a load or store to where `yes` holds, and
+// control flow or masked access with a stride is not vectorised.
+template <size_t kBytes>
+struct Unsigned;
+template <>
+struct Unsigned<1> {
+  using type = uint8_t;
+};
+template <>
+struct Unsigned<2> {
+  using type = uint16_t;
+};
+template <>
+struct Unsigned<4> {
+  using type = uint32_t;
+};
+template <>
+struct Unsigned<8> {
+  using type = uint64_t;
+};
+template <typename T>
+inline T choose(bool yes, T a, T b) {
+  using Bits = typename Unsigned<sizeof(T)>::type;
+  Bits a_bits, b_bits;
+  std::memcpy(&a_bits, &a, sizeof(T));
+  std::memcpy(&b_bits, &b, sizeof(T));
+  const Bits mask = static_cast<Bits>(-static_cast<Bits>(yes));
+  const Bits bits = static_cast<Bits>((a_bits & mask) | (b_bits & ~mask));
+  T chosen;
+  std::memcpy(&chosen, &bits, sizeof(T));
+  return chosen;
 }
 
 // How values of T are compared: as themselves, or for 16-bit types as integers in the same order.
@@ -80,6 +115,58 @@ inline const uint8_t* unpack_row(const Pool2d& p, const uint8_t* indices, int64_
   return codes;
 }
 
+// A tap meets each stride-th column of a row. Split, a row holds these columns together: column
+// place * stride + phase at [phase * run + place]. Then all windows of a tap are neighbours; loads
+// and stores with a stride would not fill the vector registers. Tap t of window w is in this phase
+// at place w + shift.
+struct Phase {
+  int phase, shift;
+};
+inline Phase phase_of(const WindowAxis& axis, int tap) {
+  const int offset = tap - axis.padding, rest = offset % axis.stride;
+  const int phase = rest < 0 ? rest + axis.stride : rest;
+  return {phase, (offset - phase) / axis.stride};
+}
+template <typename T>
+inline void split_columns(const T* row, int64_t size, int64_t stride, T* split, int64_t run) {
+  if (stride == 2) {
+    in_blocks(size / 2, [&](int64_t i) {
+      split[i] = row[2 * i];
+      split[run + i] = row[2 * i + 1];
+    });
+    if (size % 2 != 0) split[size / 2] = row[size - 1];
+    return;
+  }
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    for (int64_t c = phase, i = phase * run; c < size; c += stride) split[i++] = row[c];
+  }
+}
+template <typename T>
+inline void merge_columns(const T* split, int64_t run, int64_t size, int64_t stride, T* row) {
+  if (stride == 2) {
+    in_blocks(size / 2, [&](int64_t i) {
+      row[2 * i] = split[i];
+      row[2 * i + 1] = split[run + i];
+    });
+    if (size % 2 != 0) row[size - 1] = split[size / 2];
+    return;
+  }
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    for (int64_t c = phase, i = phase * run; c < size; c += stride) row[c] = split[i++];
+  }
+}
+
+// The windows whose tap `tap` lies inside the image, along one axis.
+struct Windows {
+  int first, end;
+};
+inline Windows windows_inside(const WindowAxis& axis, int tap) {
+  const int before = axis.padding - tap, after = axis.size - 1 + before;
+  const int first = before > 0 ? (before + axis.stride - 1) / axis.stride : 0;
+  const int end = after < 0 ? 0 : after / axis.stride + 1;
+  return {first, end < axis.count ? end : axis.count};
+}
+
 // ---- max_pool2d ---------------------------------------------------------------------------------
 
 // One window of all channels, tap by tap: reading all channels of a pixel before the next follows
@@ -98,8 +185,8 @@ void pool_pixel(const typename Order<T>::Bits* __restrict__ x, int64_t row_strid
       } else {
         in_blocks(C, [&](int64_t c) {
           const bool take = Order<T>::replaces(values[c], y[c]);
-          y[c] = take ? values[c] : y[c];
-          codes[c] = take ? tap : codes[c];
+          y[c] = choose(take, values[c], y[c]);
+          codes[c] = choose(take, tap, codes[c]);
         });
       }
     }
@@ -144,65 +231,49 @@ void pool_row_2x2(const typename Order<T>::Bits* __restrict__ top,
   });
 }
 
-// The tap of one column, for windows [first, end) of a row; kStride 0 stands for any stride.
-template <typename T, int kStride>
-void pool_tap(const typename Order<T>::Bits* __restrict__ x, int any_stride, int first, int end,
-              uint8_t tap, typename Order<T>::Bits* __restrict__ y, uint8_t* __restrict__ codes) {
-  const int64_t stride = kStride ? kStride : any_stride;
-  for (int64_t ow = first; ow < end; ++ow) {
-    const auto value = x[ow * stride];
-    const bool take = Order<T>::replaces(value, y[ow]);
-    y[ow] = take ? value : y[ow];
-    codes[ow] = take ? tap : codes[ow];
-  }
-}
-
-// One row of windows of one plane.
+// One row of windows of one plane, tap by tap. `split` is space for a row of the image.
 template <typename T>
 void pool_row(const Pool2d& p, const typename Order<T>::Bits* plane, int oh,
-              typename Order<T>::Bits* y, uint8_t* codes) {
+              typename Order<T>::Bits* y, uint8_t* codes, typename Order<T>::Bits* split) {
   const WindowAxis& axis = p.cols;
   const Taps rows = taps_inside(p.rows, oh);
   const auto* band = plane + int64_t{p.rows.start(oh)} * axis.size;
-  int begin = 0;
-  if (p.is_2x2() && rows.end == 2) {
-    begin = axis.size / 2 < axis.count ? axis.size / 2 : axis.count;
-    pool_row_2x2<T>(band, band + axis.size, begin, y, codes);
+  if (p.is_2x2() && rows.end == 2 && 2 * axis.count <= axis.size) {
+    return pool_row_2x2<T>(band, band + axis.size, axis.count, y, codes);
   }
-  for (int ow = begin; ow < axis.count; ++ow) {
+  for (int ow = 0; ow < axis.count; ++ow) {
     const int s = taps_inside(axis, ow).first;
     y[ow] = band[int64_t{rows.first} * axis.size + axis.start(ow) + s];
     codes[ow] = static_cast<uint8_t>(rows.first * axis.kernel + s);
   }
-  for (int r = rows.first; r < rows.end && begin < axis.count; ++r) {
+  const int run = (axis.size - 1) / axis.stride + 1;
+  for (int r = rows.first; r < rows.end; ++r) {
+    split_columns(band + int64_t{r} * axis.size, axis.size, axis.stride, split, run);
     for (int s = 0; s < axis.kernel; ++s) {
-      // Windows whose tap s lies inside the image. The first tap of a window meets itself here: it
-      // is not larger than the best, and if it is NaN nothing changes.
-      const int before = axis.padding - s, after = axis.size - 1 + axis.padding - s;
-      int first = before > 0 ? (before + axis.stride - 1) / axis.stride : 0;
-      int end = after < 0 ? 0 : after / axis.stride + 1;
-      first = first < begin ? begin : first;
-      end = end > axis.count ? axis.count : end;
-      const auto* x = band + int64_t{r} * axis.size + s - axis.padding;
+      // The first tap of a window meets itself here: it is not larger than the best, and if it is
+      // NaN nothing changes.
+      const Windows windows = windows_inside(axis, s);
       const auto tap = static_cast<uint8_t>(r * axis.kernel + s);
-      if (axis.stride == 1) {
-        pool_tap<T, 1>(x, 1, first, end, tap, y, codes);
-      } else if (axis.stride == 2) {
-        pool_tap<T, 2>(x, 2, first, end, tap, y, codes);
-      } else {
-        pool_tap<T, 0>(x, axis.stride, first, end, tap, y, codes);
-      }
+      const auto* x = split + phase_of(axis, s).phase * run + phase_of(axis, s).shift;
+      in_blocks(windows.end - windows.first, [&](int64_t i) {
+        const int64_t ow = windows.first + i;
+        const bool take = Order<T>::replaces(x[ow], y[ow]);
+        y[ow] = choose(take, x[ow], y[ow]);
+        codes[ow] = choose(take, tap, codes[ow]);
+      });
     }
   }
 }
 
 // Rows [begin, end) of all windows: (n, oh) channels last, (n, c, oh) in NCHW with four channels at
-// a time if packed. `scratch` holds four rows of codes of an image row or all channels, zeroed.
+// a time if packed. `scratch` holds four rows of codes of an image row or all channels, zeroed,
+// `split_values` a row of the image.
 template <typename T>
 void pool_rows(const Pool2d& p, const T* x_values, T* y_values, uint8_t* indices, uint8_t* scratch,
-               int64_t begin, int64_t end) {
+               T* split_values, int64_t begin, int64_t end) {
   const auto* x = reinterpret_cast<const typename Order<T>::Bits*>(x_values);
   auto* y = reinterpret_cast<typename Order<T>::Bits*>(y_values);
+  auto* split = reinterpret_cast<typename Order<T>::Bits*>(split_values);
   const int64_t h = p.rows.count, w = p.cols.count, plane = int64_t{p.rows.size} * p.cols.size;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t outer = task / h;
@@ -214,7 +285,7 @@ void pool_rows(const Pool2d& p, const T* x_values, T* y_values, uint8_t* indices
     }
     uint8_t* index_row = indices + task * w;
     if (!p.packed) {
-      pool_row<T>(p, x + outer * plane, oh, y + task * w, index_row);
+      pool_row<T>(p, x + outer * plane, oh, y + task * w, index_row, split);
       continue;
     }
     const int64_t n = outer / p.index_channels(), c = outer % p.index_channels() * 4;
@@ -222,7 +293,7 @@ void pool_rows(const Pool2d& p, const T* x_values, T* y_values, uint8_t* indices
       uint8_t* codes = scratch + k * w;
       if (c + k < p.C) {
         const int64_t channel = n * p.C + c + k;
-        pool_row<T>(p, x + channel * plane, oh, y + (channel * h + oh) * w, codes);
+        pool_row<T>(p, x + channel * plane, oh, y + (channel * h + oh) * w, codes, split);
       }
       for (int64_t i = 0; i < w; ++i) {
         const int bits = c + k < p.C ? codes[i] << 2 * k : 0;
@@ -234,105 +305,153 @@ void pool_rows(const Pool2d& p, const T* x_values, T* y_values, uint8_t* indices
 
 // ---- max_unpool2d -------------------------------------------------------------------------------
 
-template <Meet kMeet, typename Acc, typename T>
-inline Acc meet(bool named, T x, Acc old) {
-  const Acc value = static_cast<Acc>(x);
-  if constexpr (kMeet == Meet::kSum) return named ? old + value : old;
-  return named ? value : kMeet == Meet::kLast ? old : Acc(0);
+// A value under construction: `old`, or what a window makes of it that names it or not.
+template <Meet kMeet, typename Acc>
+inline Acc meet(Acc old, bool named, Acc value) {
+  if constexpr (kMeet == Meet::kSum) return old + choose(named, value, Acc(0));
+  return choose(named, value, kMeet == Meet::kLast ? old : Acc(0));
 }
-
-// One window of all channels: tap `tap` and the `width` - 1 after it, `C` values each, in `out`.
-template <Meet kMeet, typename T, typename Acc>
-void unpool_pixel(const T* __restrict__ x, const uint8_t* __restrict__ codes, int64_t C, int tap,
-                  int width, Acc* __restrict__ out) {
-  for (int s = 0; s < width; ++s, ++tap, out += C) {
-    const auto one = [&](int64_t c) { out[c] = meet<kMeet>(codes[c] == tap, x[c], out[c]); };
-    if constexpr (kMeet == Meet::kSum) {
-      for (int64_t c = 0; c < C; ++c) one(c);
-    } else {
-      in_blocks(C, one);
-    }
+template <Meet kMeet, typename Acc>
+void meet_all(const Acc* __restrict__ x, const uint8_t* __restrict__ codes, int64_t count, int tap,
+              Acc* __restrict__ out) {
+  const auto one = [&](int64_t i) { out[i] = meet<kMeet>(out[i], codes[i] == tap, x[i]); };
+  if constexpr (kMeet == Meet::kSum) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) one(i);  // in_blocks would add some values twice
+  } else {
+    in_blocks(count, one);
   }
 }
 
-// `count` windows of one row of a plane.
-template <Meet kMeet, typename T, typename Acc>
-void unpool_windows(const T* __restrict__ x, const uint8_t* __restrict__ codes, int count, int tap,
-                    const WindowAxis& axis, Acc* __restrict__ out) {
-  if (kMeet == Meet::kNever && axis.kernel == 2 && axis.stride == 2) {
-    return in_blocks(count, [&](int64_t ow) {
-      out[2 * ow] = meet<kMeet>(codes[ow] == tap, x[ow], Acc(0));
-      out[2 * ow + 1] = meet<kMeet>(codes[ow] == tap + 1, x[ow], Acc(0));
-    });
+// `count` values of x as Acc: x itself, or a copy of 16-bit values in `wide`.
+template <typename T, typename Acc>
+inline const Acc* as_wide(const T* x, Acc* wide, int64_t count) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    return x;
+  } else {
+    widen(x, wide, count);
+    return wide;
   }
-  for (int ow = 0; ow < count; ++ow, out += axis.stride) {
-    const unsigned s = static_cast<unsigned>(codes[ow] - tap);
-    const bool named = s < static_cast<unsigned>(axis.kernel);  // without a branch: it is random
-    Acc& pixel = out[named ? s : 0];
-    pixel = meet<kMeet == Meet::kNever ? Meet::kLast : kMeet>(named, x[ow], pixel);
+}
+template <typename T, typename Acc>
+inline void store(const Acc* values, T* out, int64_t count) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    std::memcpy(out, values, count * sizeof(T));
+  } else {
+    narrow(values, out, count);
   }
 }
 
-// Output row ih of image or plane `outer`, windows [ow0, ow1): `target` is where window ow0 begins.
+// Output row ih of image n, channels last, in pieces of `piece` columns. `buffer` holds as many
+// pixels, a margin of kernel - 1 on both sides for windows that hang over, and one pixel more.
 template <Meet kMeet, typename T, typename Acc>
-void unpool_row(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int ih, int ow0,
-                int ow1, Acc* target, uint8_t* scratch) {
-  const int64_t h = p.rows.count, w = p.cols.count;
-  for (int oh = p.rows.first(ih); oh <= p.rows.last(ih) && ow0 < ow1; ++oh) {
-    const int tap = (ih - p.rows.start(oh)) * p.cols.kernel;
-    const int64_t row = (outer * h + oh) * w;
-    if (p.channels_last()) {
-      Acc* pixel = target;
-      for (int64_t ow = ow0; ow < ow1; ++ow, pixel += p.cols.stride * p.C) {
-        const uint8_t* codes = indices + (row + ow) * p.index_channels();
+void unpool_row_channels_last(const Pool2d& p, const T* x, const uint8_t* indices, int64_t n,
+                              int ih, T* row, int piece, Acc* buffer, uint8_t* scratch) {
+  const WindowAxis &rows = p.rows, &cols = p.cols;
+  const int64_t C = p.C;
+  const int margin = cols.kernel - 1;
+  Acc* const wide = buffer + (piece + 2 * margin) * C;
+  for (int i0 = 0; i0 < cols.size; i0 += piece) {
+    const int i1 = cols.size - i0 < piece ? cols.size : i0 + piece;
+    for (int64_t i = 0; i < (i1 - i0 + 2 * margin) * C; ++i) buffer[i] = Acc(0);
+    for (int oh = rows.first(ih); oh <= rows.last(ih); ++oh) {
+      for (int ow = cols.first(i0); ow <= cols.last(i1 - 1); ++ow) {
+        const int64_t window = (n * rows.count + oh) * cols.count + ow;
+        const uint8_t* codes = indices + window * p.index_channels();
         if (p.packed) {
           unpack_channels(codes, scratch, p.index_channels());
           codes = scratch;
         }
-        unpool_pixel<kMeet>(x + (row + ow) * p.C, codes, p.C, tap, p.cols.kernel, pixel);
+        const Acc* values = as_wide(x + window * C, wide, C);
+        Acc* out = buffer + (cols.start(ow) - i0 + margin) * C;
+        for (int s = 0; s < cols.kernel; ++s) {
+          meet_all<kMeet>(values, codes, C, (ih - rows.start(oh)) * cols.kernel + s, out + s * C);
+        }
       }
-    } else {
-      const uint8_t* codes = indices + row + ow0;
-      if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch) + ow0;
-      unpool_windows<kMeet>(x + row + ow0, codes, ow1 - ow0, tap, p.cols, target);
+    }
+    store(buffer + margin * C, row + i0 * C, (i1 - i0) * C);
+  }
+}
+
+// Output row ih of plane `outer`, NCHW. `buffer` holds the row split, with places before and after
+// for windows that hang over, then the row in order and a row of windows.
+template <Meet kMeet, typename T, typename Acc>
+void unpool_row(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int ih, T* row,
+                Acc* buffer, uint8_t* scratch) {
+  const WindowAxis &rows = p.rows, &cols = p.cols;
+  const int lead = (cols.padding + cols.stride - 1) / cols.stride;
+  const int places = (cols.size - 1) / cols.stride + 1;
+  const int reach = cols.count + (cols.kernel - 1) / cols.stride + 1;
+  const int run = lead + (places > reach ? places : reach);
+  Acc* const line = buffer + cols.stride * run;
+  Acc* const wide = line + cols.size;
+  for (int i = 0; i < cols.stride * run; ++i) buffer[i] = Acc(0);
+  for (int oh = rows.first(ih); oh <= rows.last(ih); ++oh) {
+    const int64_t window = (outer * rows.count + oh) * cols.count;
+    const uint8_t* codes = indices + window;
+    if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch);
+    const Acc* values = as_wide(x + window, wide, cols.count);
+    for (int s = cols.kernel - 1; s >= 0; --s) {  // of windows that meet, the last one last
+      const Phase at = phase_of(cols, s);
+      meet_all<kMeet>(values, codes, cols.count, (ih - rows.start(oh)) * cols.kernel + s,
+                      buffer + at.phase * run + lead + at.shift);
     }
   }
+  merge_columns(buffer + lead, run, cols.size, cols.stride, line);
+  store(line, row, cols.size);
+}
+
+// Output row ih of image or plane `outer` where 2x2 windows tile it: written in place, as a buffer
+// would cost a second pass.
+template <typename T>
+void unpool_row_2x2(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int ih,
+                    T* __restrict__ row, uint8_t* scratch) {
+  const int64_t C = p.channels_last() ? p.C : 1, w = p.cols.count;
+  const int64_t window = (outer * p.rows.count + ih / 2) * w;
+  const int tap = ih % 2 * 2;
+  int64_t done = 0;
+  if (ih / 2 >= p.rows.count) {
+    // a last row that no window reaches
+  } else if (p.channels_last()) {
+    for (int64_t ow = 0; ow < w; ++ow) {
+      const uint8_t* codes = indices + (window + ow) * p.index_channels();
+      if (p.packed) {
+        unpack_channels(codes, scratch, p.index_channels());
+        codes = scratch;
+      }
+      meet_all<Meet::kNever>(x + (window + ow) * C, codes, C, tap, row + 2 * ow * C);
+      meet_all<Meet::kNever>(x + (window + ow) * C, codes, C, tap + 1, row + (2 * ow + 1) * C);
+    }
+    done = 2 * w * C;
+  } else {
+    const uint8_t* codes =
+        p.packed ? unpack_row(p, indices, outer, ih / 2, scratch) : indices + window;
+    const T* values = x + window;
+    in_blocks(w, [&](int64_t ow) {
+      row[2 * ow] = choose(codes[ow] == tap, values[ow], T(0));
+      row[2 * ow + 1] = choose(codes[ow] == tap + 1, values[ow], T(0));
+    });
+    done = 2 * w;
+  }
+  for (int64_t i = done; i < p.cols.size * C; ++i) row[i] = T(0);
 }
 
 // Rows [begin, end) of the output: (n, ih) channels last, (n, c, ih) in NCHW.
 template <Meet kMeet, typename T, typename Acc>
 void unpool_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* out, int piece,
                  Acc* buffer, uint8_t* scratch, int64_t begin, int64_t end) {
-  const WindowAxis& cols = p.cols;
-  const int64_t C = p.channels_last() ? p.C : 1;
-  const int margin = cols.kernel - 1;
-  // Windows that tile the row are written in place; a buffer would cost a second pass.
-  const bool in_place = cols.kernel == cols.stride && cols.padding == 0 &&
-                        cols.count * cols.kernel <= cols.size &&
-                        (p.channels_last() || cols.kernel == 2);
+  const int64_t row_values = p.cols.size * (p.channels_last() ? p.C : 1);
+  const bool tiled = p.is_2x2() && 2 * p.cols.count <= p.cols.size;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t outer = task / p.rows.size;  // n, or n * C + c
     const int ih = static_cast<int>(task % p.rows.size);
-    T* row = out + task * cols.size * C;
-    if constexpr (kMeet == Meet::kNever) {
-      if (in_place) {
-        const int64_t tiled = p.rows.first(ih) <= p.rows.last(ih) ? cols.count * cols.kernel : 0;
-        unpool_row<kMeet>(p, x, indices, outer, ih, 0, cols.count, row, scratch);
-        for (int64_t i = tiled * C; i < cols.size * C; ++i) row[i] = T(0);
-        continue;
-      }
-    }
-    // Else the row is built in pieces of `piece` columns in `buffer`, which holds as many pixels
-    // and a margin of kernel - 1 on both sides for windows that hang over.
-    for (int i0 = 0; i0 < cols.size; i0 += piece) {
-      const int i1 = cols.size - i0 < piece ? cols.size : i0 + piece;
-      const int ow0 = cols.first(i0), ow1 = cols.last(i1 - 1) + 1;
-      for (int64_t i = 0; i < (i1 - i0 + 2 * margin) * C; ++i) buffer[i] = Acc(0);
-      unpool_row<kMeet>(p, x, indices, outer, ih, ow0, ow1,
-                        buffer + (cols.start(ow0) - i0 + margin) * C, scratch);
-      for (int64_t i = 0; i < (i1 - i0) * C; ++i) {
-        row[i0 * C + i] = static_cast<T>(buffer[margin * C + i]);
-      }
+    T* row = out + task * row_values;
+    if (tiled) {
+      unpool_row_2x2(p, x, indices, outer, ih, row, scratch);
+    } else if (p.channels_last()) {
+      unpool_row_channels_last<kMeet>(p, x, indices, outer, ih, row, piece, buffer, scratch);
+    } else {
+      unpool_row<kMeet>(p, x, indices, outer, ih, row, buffer, scratch);
     }
   }
 }
@@ -348,31 +467,30 @@ void by_index_pixel(const T* __restrict__ x, int64_t row_stride, int64_t C, Taps
     for (int s = cols.first; s < cols.end; ++s) {
       const T* __restrict__ values = x + r * row_stride + s * C;
       const int tap = r * width + s;
-      for (int64_t c = 0; c < C; ++c) y[c] = codes[c] == tap ? values[c] : y[c];
+      in_blocks(C, [&](int64_t c) { y[c] = choose(codes[c] == tap, values[c], y[c]); });
     }
   }
 }
 
-// One row of 2x2 windows of one plane.
+// One row of windows of one plane, tap by tap. `split` is space for a row of the image.
 template <typename T>
-void by_index_row_2x2(const T* __restrict__ top, const T* __restrict__ bottom, int count,
-                      const uint8_t* __restrict__ codes, T* __restrict__ y) {
-  for (int ow = 0; ow < count; ++ow) {
-    const T a = codes[ow] == 1 ? top[2 * ow + 1] : codes[ow] == 0 ? top[2 * ow] : T(0);
-    const T b = codes[ow] == 2 ? bottom[2 * ow] : a;
-    y[ow] = codes[ow] == 3 ? bottom[2 * ow + 1] : b;
-  }
-}
-
-// One row of windows of one plane, any windows.
-template <typename T>
-void by_index_row(const Pool2d& p, const T* plane, int oh, const uint8_t* codes, T* y) {
-  for (int ow = 0; ow < p.cols.count; ++ow) {
-    const int r = codes[ow] / p.cols.kernel, s = codes[ow] % p.cols.kernel;
-    const int ih = p.rows.start(oh) + r, iw = p.cols.start(ow) + s;
-    const bool inside =
-        r < p.rows.kernel && ih >= 0 && ih < p.rows.size && iw >= 0 && iw < p.cols.size;
-    y[ow] = inside ? plane[int64_t{ih} * p.cols.size + iw] : T(0);
+void by_index_row(const Pool2d& p, const T* plane, int oh, const uint8_t* codes, T* y, T* split) {
+  const WindowAxis& axis = p.cols;
+  const Taps rows = taps_inside(p.rows, oh);
+  const T* band = plane + int64_t{p.rows.start(oh)} * axis.size;
+  const int run = (axis.size - 1) / axis.stride + 1;
+  for (int ow = 0; ow < axis.count; ++ow) y[ow] = T(0);
+  for (int r = rows.first; r < rows.end; ++r) {
+    split_columns(band + int64_t{r} * axis.size, axis.size, axis.stride, split, run);
+    for (int s = 0; s < axis.kernel; ++s) {
+      const Windows windows = windows_inside(axis, s);
+      const int tap = r * axis.kernel + s;
+      const T* x = split + phase_of(axis, s).phase * run + phase_of(axis, s).shift;
+      in_blocks(windows.end - windows.first, [&](int64_t i) {
+        const int64_t ow = windows.first + i;
+        y[ow] = choose(codes[ow] == tap, x[ow], y[ow]);
+      });
+    }
   }
 }
 
@@ -380,7 +498,7 @@ void by_index_row(const Pool2d& p, const T* plane, int oh, const uint8_t* codes,
 // window whose pixel a later window names as well gets 0.
 template <typename T>
 void by_index_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* y, bool last_only,
-                   uint8_t* scratch, int64_t begin, int64_t end) {
+                   uint8_t* scratch, T* split, int64_t begin, int64_t end) {
   const bool channels_last = p.channels_last();
   const int64_t C = channels_last ? p.C : 1, h = p.rows.count, w = p.cols.count;
   const int64_t width = p.cols.size, plane = p.rows.size * width;
@@ -404,12 +522,7 @@ void by_index_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* y, bo
     } else {
       const uint8_t* codes = indices + task * w;
       if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch);
-      if (p.is_2x2() && rows.end == 2 && 2 * w <= width) {
-        const T* top = image + 2 * oh * width;
-        by_index_row_2x2(top, top + width, static_cast<int>(w), codes, target);
-      } else {
-        by_index_row(p, image, oh, codes, target);
-      }
+      by_index_row(p, image, oh, codes, target, split);
     }
     if (last_only && p.overlap()) {
       const uint8_t* codes = indices + outer * h * w * C;
