@@ -43,4 +43,5 @@ def bench_models(compare, benchmark, name, size, compiled):
             frozen = torch.compile(plain)
             frozen(x_last)
         variants["torch.compile"] = lambda: frozen(x_last)["out"]
-    compare(variants, tolerance=1e-2, rounds=7)  # a tie in SegNet's pooling may flip an index
+    # A near-tie in SegNet's pooling may flip an index and move single pixels by as much.
+    compare(variants, tolerance=0.2 if name.startswith("segnet") else 1e-3, rounds=7)
