@@ -31,7 +31,7 @@ inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const Opt
                                     from(false),  // not transposed
                                     from(IntList{0, 0}),
                                     from(groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
