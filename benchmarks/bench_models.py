@@ -31,6 +31,7 @@ def unfused(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("name", "size"), CASES)
 def bench_models(compare, benchmark, name, size, compiled):
     benchmark.group = f"{name} {size[0]}x{size[1]}"
+    torch.manual_seed(0)
     model = fastseg.models.create_model(name).eval()
     x = torch.randn(1, 3, *size)
     fast = fastseg.optimize(model)
@@ -43,5 +44,7 @@ def bench_models(compare, benchmark, name, size, compiled):
             frozen = torch.compile(plain)
             frozen(x_last)
         variants["torch.compile"] = lambda: frozen(x_last)["out"]
-    # A near-tie in SegNet's pooling may flip an index and move single pixels by as much.
-    compare(variants, tolerance=0.2 if name.startswith("segnet") else 1e-3, rounds=7)
+    # In SegNet a near-tie of the pooling may flip an index, in torch's networks too.
+    with torch.inference_mode():
+        exact = copy.deepcopy(plain).double()(x_last.double())["out"]
+    compare(variants, exact=exact, tolerance=1e-2, rounds=7)

@@ -40,20 +40,23 @@ def time_op(benchmark):
 def compare(benchmark):
     """compare(variants, flops=) times functions in turn, so that a busy moment of the machine hits
     all of them: medians and ratios to the first variant go to ``extra_info``. The outputs must
-    agree within ``tolerance`` of the largest value."""
+    agree within ``tolerance`` of the largest value; where there is an ``exact`` one, the first
+    variant's must agree with that."""
 
     def run(
         variants: dict[str, Callable[[], torch.Tensor]],
         *,
         flops: int = 0,
         tolerance: float = 1e-4,
+        exact: torch.Tensor | None = None,
         rounds: int = 15,
     ) -> None:
         times: dict[str, list[float]] = {name: [] for name in variants}
         with torch.inference_mode():
             outputs = [fn() for fn in variants.values()]
-            for y in outputs[1:]:
-                error = (y - outputs[0]).abs().max() / outputs[0].abs().max()
+            expected = outputs[0] if exact is None else exact
+            for y in outputs[1:] if exact is None else outputs[:1]:
+                error = (y - expected).abs().max() / expected.abs().max()
                 assert error <= tolerance, f"outputs differ by {error:.1e}"
             del outputs
             if benchmark.disabled:
