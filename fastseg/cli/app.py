@@ -3,6 +3,7 @@
 import typer
 from typer.core import TyperGroup
 
+from fastseg.cli.bench import bench
 from fastseg.cli.crf import crf
 from fastseg.cli.info import info
 from fastseg.cli.models import models
@@ -35,4 +36,5 @@ def _root() -> None:
 app.command()(segment)
 app.command()(models)
 app.add_typer(crf, name="crf")
+app.command()(bench)
 app.command()(info)
