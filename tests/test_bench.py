@@ -1,11 +1,14 @@
 """The comparison with peers: processes, errors of outputs, and the pages."""
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from fastseg.bench import Entry, Measurement, find, html, list_works, markdown, measure
+
+from .test_cli import run_cli
 
 MACHINE = {
     "processor": "A <fast> one",
@@ -73,6 +76,32 @@ def test_bad_arguments():
         measure(work, dtype="int8")
     with pytest.raises(ValueError, match="no work is named 'conv'"):
         find("conv")
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    code, out, _ = run_cli(monkeypatch, capsys, "bench", "all", "--list", "--only", "gcn15-*")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [
+        work.name for work in list_works("ops", "gcn15-*")
+    ]
+    page, figures = tmp_path / "r.html", tmp_path / "r.json"
+    code, out, _ = run_cli(
+        monkeypatch, capsys, "bench", "ops", "--only", "gcn15-2048-16", "--peers", "fastseg",
+        "--seconds", "0", "--threads", "1", "--html", str(page), "--json", str(figures),
+    )  # fmt: skip
+    assert code == 0
+    assert "| gcn15-2048-16 | float32 |" in out
+    assert "gcn15-2048-16" in page.read_text()
+    result = json.loads(figures.read_text())
+    assert result["machine"]["flops"] > 1e9
+    assert result["results"][0]["entries"][0]["median"] > 0
+    for arguments, message in (
+        (["nets"], "group must be ops, models, crf or all, got 'nets'"),
+        (["ops", "--only", "x*"], "--only must match a work of 'ops', got 'x*'"),
+    ):
+        code, _, err = run_cli(monkeypatch, capsys, "bench", *arguments)
+        assert code == 1
+        assert message in err
 
 
 def test_markdown_has_floor_and_ratio():
