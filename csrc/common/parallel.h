@@ -24,19 +24,20 @@ void parallel_tasks(int64_t tasks, const Task& task) {
   });
 }
 
-// Scratch memory that a thread keeps between calls and that only grows: a fresh allocation of this
-// size would be page-faulted anew every time. One buffer per thread and Tag.
-template <typename Tag>
-float* scratch(int64_t floats) {
+// Scratch memory for n values that a thread keeps between calls and that only grows: a fresh
+// allocation of this size would be page-faulted anew every time. One buffer per thread, Tag and T.
+template <typename Tag, typename T = float>
+T* scratch(int64_t n) {
   struct Free {
-    void operator()(float* p) const { std::free(p); }
+    void operator()(T* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local std::unique_ptr<T, Free> buffer;
   thread_local int64_t size = 0;
-  if (floats > size) {
+  if (n > size) {
+    constexpr int64_t kLine = 64 / sizeof(T);
     buffer.reset();
-    size = (floats + 15) / 16 * 16;
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    size = (n + kLine - 1) / kLine * kLine;
+    buffer.reset(static_cast<T*>(std::aligned_alloc(64, size * sizeof(T))));
     if (!buffer) {
       size = 0;
       throw std::bad_alloc();

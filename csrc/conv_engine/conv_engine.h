@@ -2,16 +2,25 @@
 // elements, pointers and the arithmetic on them.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace fastseg {
 namespace conv_engine {
 
+using torch::headeronly::BFloat16;
+
 // Weights are packed in panels of this many output channels, the same for every instruction set:
 // one AVX-512 register tile is 32 wide, narrower ones cut a panel into parts.
 constexpr int64_t kPanel = 32;
-// Channels (the reduction) are packed in groups of one cache line.
+// Channels (the reduction) are packed in groups of one cache line: 16 words, each of them a float
+// or two bfloat16 of neighbouring channels.
 constexpr int64_t kGroup = 16;
+template <typename E>
+constexpr int64_t kPerWord = sizeof(float) / sizeof(E);
+template <typename E>
+constexpr int64_t kLine = kGroup * kPerWord<E>;
 // Rows of the largest register tile.
 constexpr int kMaxRows = 14;
 
@@ -28,24 +37,30 @@ struct Image {
   T* at(int64_t n, int64_t y, int64_t x) const { return data + n * batch + y * row + x * pixel; }
 };
 
-struct Conv {
+// T: how images are stored. E: what is multiplied, that is packed weights and transformed input;
+// sums are float32. Images in bfloat16 work with both, float32 images with float32 alone.
+template <typename T, typename E>
+struct Convolution {
+  using Storage = T;
+  using Operand = E;
   int64_t N, C, H, W;  // input
   int64_t K, Ho, Wo;   // output
   int64_t R, S;        // kernel
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  Image<const float> x;
-  Image<float> y;
-  Image<const float> residual;  // data == nullptr: none
-  const float* weight;          // packed, see the kernel in question
-  const float* bias;            // K rounded up to kPanel
+  Image<const T> x;
+  Image<T> y;
+  Image<const T> residual;  // data == nullptr: none
+  const E* weight;          // packed, see the kernel in question
+  const float* bias;        // K rounded up to kPanel
   Activation activation;
   float slope;
   bool stream;  // write y past the caches
 
   int64_t pixels() const { return N * Ho * Wo; }
   int64_t panels() const { return ceil_div(K, kPanel); }
-  // Length of the reduction of the GEMM form, a whole number of groups.
-  int64_t depth() const { return round_up(R * S * C, kGroup); }
+  // Lengths of the reduction of a tap and of the GEMM form, a whole number of lines.
+  int64_t channels() const { return round_up(C, kLine<E>); }
+  int64_t depth() const { return round_up(R * S * C, kLine<E>); }
 };
 
 // Part i of n nearly equal parts of [0, total) begins here.

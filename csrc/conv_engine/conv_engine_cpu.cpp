@@ -25,7 +25,21 @@ namespace conv_engine {
 namespace {
 
 #define FASTSEG_KERNEL_FILE "conv_engine/conv_engine_kernel.inl"
+#define FASTSEG_KERNEL_BF16
 #include "common/foreach_isa.inl"
+
+// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have a fourth instruction set.
+#if defined(__x86_64__)
+#define FASTSEG_CONV_CALL(...)                                                 \
+  [] {                                                                         \
+    if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {          \
+      if (current_isa() >= Isa::kAvx512Bf16) return &avx512_bf16::__VA_ARGS__; \
+    }                                                                          \
+    return FASTSEG_ISA_CALL(__VA_ARGS__);                                      \
+  }()
+#else
+#define FASTSEG_CONV_CALL FASTSEG_ISA_CALL
+#endif
 
 // Packed pixels of one task: with them half of a 1 MB L2 is left for the weights that stream by.
 // 60 to 300 Ki floats are within 3 % of each other.
@@ -46,31 +60,33 @@ constexpr int64_t kStagedFloats = 32 * 1024 * 1024;
 struct TaskBuffer;  // names the scratch memory of a task, and that of all tasks together
 struct StagedBuffer;
 
+template <class Conv>
 void run_gemm(const Conv& conv) {
+  using E = typename Conv::Operand;
   const int64_t depth = conv.depth(), pixels = conv.pixels();
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t task_pixels = std::max<int64_t>(kPackedFloats / depth, kMaxRows);
+  const int64_t task_pixels = std::max<int64_t>(kPackedFloats * kPerWord<E> / depth, kMaxRows);
   const int64_t parts = std::min(pixels, round_up(ceil_div(pixels, task_pixels), threads));
   // Few pixels and many channels (pooled maps): share the panels out as well.
   const int64_t panel_parts = std::min(conv.panels(), ceil_div(2 * threads, parts));
-  const auto kernel = FASTSEG_ISA_CALL(gemm_conv);
+  const auto kernel = FASTSEG_CONV_CALL(gemm_conv<Conv>);
   parallel_tasks(parts * panel_parts, [&](int64_t task) {
     const int64_t part = task / panel_parts, panel_part = task % panel_parts;
     kernel(conv, part_begin(pixels, parts, part), part_begin(pixels, parts, part + 1),
            part_begin(conv.panels(), panel_parts, panel_part),
            part_begin(conv.panels(), panel_parts, panel_part + 1),
-           scratch<TaskBuffer>((ceil_div(pixels, parts) + 1) * depth));
+           scratch<TaskBuffer, E>((ceil_div(pixels, parts) + 1) * depth));
   });
 }
 
 // Few channels: each task takes its tiles from input to output.
-template <class Scheme>
+template <class Scheme, class Conv>
 void run_winograd(const Conv& conv, int64_t tiles) {
   using torch::stable::get_num_threads;
   const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, kTaskTiles), get_num_threads()));
   const int64_t floats =
-      FASTSEG_ISA_CALL(WinogradKernel<Scheme>::scratch_size)(conv, ceil_div(tiles, parts));
-  const auto kernel = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::run);
+      FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::scratch_size)(conv, ceil_div(tiles, parts));
+  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::run);
   parallel_tasks(parts, [&](int64_t part) {
     kernel(conv, part_begin(tiles, parts, part), part_begin(tiles, parts, part + 1),
            scratch<TaskBuffer>(floats));
@@ -78,23 +94,25 @@ void run_winograd(const Conv& conv, int64_t tiles) {
 }
 
 // Many channels: stage by stage, as many tiles at once as the scratch memory holds.
-template <class Scheme>
+template <class Scheme, class Conv>
 void run_winograd_staged(const Conv& conv, int64_t tiles) {
+  using E = typename Conv::Operand;
   constexpr int64_t kPoints = Scheme::kProducts * Scheme::kProducts;
-  const int64_t C = round_up(conv.C, kGroup), rows = *FASTSEG_ISA_CALL(kRows);
+  const int64_t C = conv.channels(), rows = *FASTSEG_ISA_CALL(kRows);
   const int64_t parts = ceil_div(kPoints * C * tiles, kStagedFloats);
   const int64_t most = ceil_div(tiles, parts);
-  float* v = scratch<StagedBuffer>(kPoints * (most * (C + conv.panels() * kPanel) + kGroup));
-  float* m = v + kPoints * (most * C + kGroup);
-  const auto input = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_input);
-  const auto multiply = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_multiply);
-  const auto output = FASTSEG_ISA_CALL(WinogradKernel<Scheme>::stage_output);
+  const int64_t v_floats = kPoints * (most * C + kLine<E>) / kPerWord<E>;
+  float* m = scratch<StagedBuffer>(v_floats + kPoints * most * conv.panels() * kPanel) + v_floats;
+  E* v = reinterpret_cast<E*>(m - v_floats);
+  const auto input = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_input);
+  const auto multiply = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_multiply);
+  const auto output = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_output);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = part_begin(tiles, parts, part);
     const int64_t count = part_begin(tiles, parts, part + 1) - begin;
     const int64_t blocks = ceil_div(count, rows);
     parallel_tasks(blocks, [&](int64_t block) {
-      input(conv, begin, count, block, v, scratch<TaskBuffer>(C));
+      input(conv, begin, count, block, v, scratch<TaskBuffer, typename Conv::Storage>(C));
     });
     const int64_t shares = std::min<int64_t>(blocks, kPoints < 16 ? 4 : 1);  // of a point
     parallel_tasks(kPoints * shares, [&](int64_t task) {
@@ -106,17 +124,24 @@ void run_winograd_staged(const Conv& conv, int64_t tiles) {
   }
 }
 
+template <class Conv>
 void run_winograd_1d(const Conv& conv) {
   const int64_t lines = conv.N * (conv.S == 1 ? conv.W : conv.H);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::min(lines, round_up(ceil_div(lines, kTaskLines), threads));
   const int64_t floats =
-      FASTSEG_ISA_CALL(Winograd1dKernel::scratch_size)(conv, ceil_div(lines, parts));
-  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel::run);
+      FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::scratch_size)(conv, ceil_div(lines, parts));
+  const auto kernel = FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::run);
   parallel_tasks(parts, [&](int64_t part) {
     kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
            scratch<TaskBuffer>(floats));
   });
+}
+
+// Where element d of a column's reduction lies in its packed panel.
+template <typename E>
+int64_t panel_index(int64_t d, int64_t column) {
+  return (d / kPerWord<E> * kPanel + column % kPanel) * kPerWord<E> + d % kPerWord<E>;
 }
 
 // taps: the length of the k x 1 or 1 x k kernel.
@@ -140,25 +165,24 @@ void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, f
   });
 }
 
-template <class Scheme>
-void pack_winograd(const float* weight, int64_t K, int64_t C, float* packed) {
+template <class Scheme, typename E>
+void pack_winograd(const float* weight, int64_t K, int64_t C, E* packed) {
   constexpr int kProducts = Scheme::kProducts;
-  const int64_t depth = round_up(C, kGroup);
+  const int64_t depth = round_up(C, kLine<E>);
   double g[kProducts][3];
   for (int i = 0; i < kProducts; ++i) Scheme::weight_row(i, g[i]);
   parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
     for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
       for (int64_t c = 0; c < C; ++c) {
         const float* w = weight + (k * C + c) * 9;
-        float* dst =
-            packed + panel * kProducts * kProducts * depth * kPanel + c * kPanel + k % kPanel;
+        E* dst = packed + panel * kProducts * kProducts * depth * kPanel + panel_index<E>(c, k);
         for (int i = 0; i < kProducts; ++i) {
           double half[3];
           for (int s = 0; s < 3; ++s)
             half[s] = g[i][0] * w[s] + g[i][1] * w[3 + s] + g[i][2] * w[6 + s];
           for (int j = 0; j < kProducts; ++j) {
             const double u = g[j][0] * half[0] + g[j][1] * half[1] + g[j][2] * half[2];
-            dst[(i * kProducts + j) * depth * kPanel] = static_cast<float>(u);
+            dst[(i * kProducts + j) * depth * kPanel] = static_cast<E>(static_cast<float>(u));
           }
         }
       }
@@ -166,14 +190,15 @@ void pack_winograd(const float* weight, int64_t K, int64_t C, float* packed) {
   });
 }
 
-void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  const int64_t depth = round_up(C * taps, kGroup);
+template <typename E>
+void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
+  const int64_t depth = round_up(C * taps, kLine<E>);
   parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
     for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
-      float* dst = packed + panel * depth * kPanel + k % kPanel;
+      E* dst = packed + panel * depth * kPanel;
       for (int64_t c = 0; c < C; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          dst[(tap * C + c) * kPanel] = weight[(k * C + c) * taps + tap];
+          dst[panel_index<E>(tap * C + c, k)] = static_cast<E>(weight[(k * C + c) * taps + tap]);
         }
       }
     }
@@ -183,9 +208,10 @@ void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, float* p
 // The number of the one-dimensional form among the tiles.
 constexpr int64_t kLineTile = 5;
 
-// Calls fn with the scheme of that number: the one list of square Winograd kernels.
-template <typename Fn>
+// Calls fn with the scheme of that number for operands E: the one list of square Winograd kernels.
+template <typename E, typename Fn>
 void dispatch_tile(int64_t tile, Fn&& fn) {
+  constexpr bool kRounded = std::is_same_v<E, BFloat16>;
   switch (tile) {
     case 1:
       return fn(Bordered{});
@@ -194,31 +220,36 @@ void dispatch_tile(int64_t tile, Fn&& fn) {
     case 3:
       return fn(Winograd<3>{});
     case 4:
-      return fn(Winograd<4>{});
+      return fn(std::conditional_t<kRounded, Winograd<4, 3, RoundedPoints>, Winograd<4>>{});
     case 6:
-      return fn(Winograd<6>{});
+      if constexpr (!kRounded) return fn(Winograd<6>{});
+      [[fallthrough]];
     default:
       fail_check(
           "conv_engine: tile must be 0 (GEMM), 1 (bordered), 2, 3, 4, 6 (Winograd) or 5 "
-          "(Winograd along one axis), got ",
+          "(Winograd along one axis), of bfloat16 products 0 to 4, got ",
           tile);
   }
 }
 
-// Floats of packed weights, without the bias behind them.
+// Elements of packed weights, without the bias behind them.
+template <typename E>
 int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
-  if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kGroup);
+  if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kLine<E>);
   if (tile == kLineTile) {
     return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
            round_up(C, kGroup);
   }
   int64_t points = 0;
-  dispatch_tile(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
-  return round_up(K, kPanel) * points * round_up(C, kGroup);
+  dispatch_tile<E>(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
+  return round_up(K, kPanel) * points * round_up(C, kLine<E>);
 }
 
 // Whether the kernels of this tile compute such a convolution.
+template <typename E>
 void check_tile(int64_t tile, int64_t R, int64_t S) {
+  FASTSEG_CHECK(tile != kLineTile || (std::is_same_v<E, float>),
+                "conv_engine: tile 5 has float32 products alone");
   if (tile == kLineTile) {
     FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
                   "x", S);
@@ -228,45 +259,60 @@ void check_tile(int64_t tile, int64_t R, int64_t S) {
   }
 }
 
-// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias.
-Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile) {
+// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
+// which is float32 in any case.
+template <typename E>
+Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile) {
   FASTSEG_CHECK(
       weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
       "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  check_tile(tile, weight.size(2), weight.size(3));
+  check_tile<E>(tile, weight.size(2), weight.size(3));
   FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),
                 "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
-  const int64_t size = packed_size(K, C, taps, tile);
-  Tensor packed = torch::stable::new_zeros(weight, {size + round_up(K, kPanel)});
-  float* dst = packed.mutable_data_ptr<float>();
+  const int64_t size = packed_size<E>(K, C, taps, tile);
+  const Tensor packed =
+      torch::stable::new_zeros(weight, {size + round_up(K, kPanel) * kPerWord<E>},
+                               std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
+  E* dst = packed.mutable_data_ptr<E>();
   const float* src = weight.const_data_ptr<float>();
   if (tile == 0) {
     pack_gemm(src, K, C, taps, dst);
   } else if (tile == kLineTile) {
-    pack_winograd_1d(src, K, C, taps, dst);
+    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
   } else {
-    dispatch_tile(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
+    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
   }
-  if (bias) std::copy_n(bias->const_data_ptr<float>(), K, dst + size);
+  if (bias) std::copy_n(bias->const_data_ptr<float>(), K, reinterpret_cast<float*>(dst + size));
   return packed;
 }
 
+Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
+                        bool bfloat16) {
+  return bfloat16 ? pack<BFloat16>(weight, bias, tile) : pack<float>(weight, bias, tile);
+}
+
+template <typename T>
 void check_image(const Tensor& t, const char* name) {
-  FASTSEG_CHECK(
-      t.dim() == 4 && t.scalar_type() == ScalarType::Float && (t.stride(1) == 1 || t.size(1) == 1),
-      "conv_engine: ", name, " must be a float32 image (N, C, H, W), channels last");
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  FASTSEG_CHECK(t.dim() == 4 &&
+                    t.scalar_type() == (kFloat ? ScalarType::Float : ScalarType::BFloat16) &&
+                    (t.stride(1) == 1 || t.size(1) == 1),
+                "conv_engine: ", name, " must be a ", kFloat ? "float32" : "bfloat16",
+                " image (N, C, H, W), channels last");
 }
 
-Image<const float> input_image(const Tensor& t, const char* name) {
-  check_image(t, name);
-  return {t.const_data_ptr<float>(), t.stride(0), t.stride(2), t.stride(3)};
+template <typename T>
+Image<const T> input_image(const Tensor& t, const char* name) {
+  check_image<T>(t, name);
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
 }
 
-Image<float> output_image(const Tensor& t, const char* name) {
-  check_image(t, name);
-  return {t.mutable_data_ptr<float>(), t.stride(0), t.stride(2), t.stride(3)};
+template <typename T>
+Image<T> output_image(const Tensor& t, const char* name) {
+  check_image<T>(t, name);
+  return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
 }
 
 // The part of the arguments that both ops share, in the order of the schema.
@@ -287,11 +333,14 @@ int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int
   return (room - 1) / stride + 1;
 }
 
-void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
-         const Tensor& out, const Options& o) {
+template <class Conv>
+void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
+            const Tensor& out, const Options& o) {
+  using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
   Conv conv{};
-  conv.x = input_image(x, "x");
-  conv.y = output_image(out, "out");
+  conv.x = input_image<T>(x, "x");
+  conv.y = output_image<T>(out, "out");
   conv.N = x.size(0), conv.C = x.size(1), conv.H = x.size(2), conv.W = x.size(3);
   conv.K = out.size(1), conv.Ho = out.size(2), conv.Wo = out.size(3);
   conv.R = o.R, conv.S = o.S;
@@ -303,12 +352,12 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
                     conv.Wo == output_size(conv.W, o.S, o.stride_w, o.pad_w, o.dilation_w),
                 "conv_engine: out does not have the size of this convolution's output");
   if (residual) {
-    conv.residual = input_image(*residual, "residual");
+    conv.residual = input_image<T>(*residual, "residual");
     FASTSEG_CHECK(residual->size(0) == conv.N && residual->size(1) == conv.K &&
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
-  check_tile(o.tile, o.R, o.S);
+  check_tile<E>(o.tile, o.R, o.S);
   FASTSEG_CHECK(o.tile == 0 || (o.stride_h == 1 && o.stride_w == 1),
                 "conv_engine: Winograd tiles need stride 1, got ", o.stride_h, " and ", o.stride_w);
   FASTSEG_CHECK(o.tile != kLineTile ||
@@ -317,26 +366,26 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
   FASTSEG_CHECK(o.tile != 1 || (o.pad_h == o.dilation_h && o.pad_w == o.dilation_w &&
                                 conv.H <= 2 * o.dilation_h && conv.W <= 2 * o.dilation_w),
                 "conv_engine: bordered tiles need padding == dilation >= half of the input");
-  const int64_t size = packed_size(conv.K, conv.C, o.R * o.S, o.tile);
-  FASTSEG_CHECK(packed.is_contiguous() && packed.scalar_type() == ScalarType::Float &&
-                    packed.numel() == size + round_up(conv.K, kPanel),
-                "conv_engine: weights were packed for another convolution");
+  const int64_t size = packed_size<E>(conv.K, conv.C, o.R * o.S, o.tile);
+  FASTSEG_CHECK(
+      packed.is_contiguous() && packed.numel() == size + round_up(conv.K, kPanel) * kPerWord<E>,
+      "conv_engine: weights were packed for another convolution");
   if (conv.pixels() == 0 || conv.K == 0) return;
-  conv.weight = packed.const_data_ptr<float>();
-  conv.bias = conv.weight + size;
+  conv.weight = packed.const_data_ptr<E>();
+  conv.bias = reinterpret_cast<const float*>(conv.weight + size);
   conv.activation = static_cast<Activation>(o.activation);
   conv.slope = static_cast<float>(o.slope);
-  conv.stream = conv.pixels() * conv.K * 4 >= kStreamBytes && conv.y.pixel % kGroup == 0 &&
-                conv.y.row % kGroup == 0 && conv.y.batch % kGroup == 0 &&
-                reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
+  conv.stream = conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
+                conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
+                conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
   if (o.tile == 0) {
     FASTSEG_COUNT("conv_engine.gemm");
     run_gemm(conv);
   } else if (o.tile == kLineTile) {
     FASTSEG_COUNT("conv_engine.winograd_1d");
-    run_winograd_1d(conv);
+    if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);
   } else {
-    dispatch_tile(o.tile, [&](auto scheme) {
+    dispatch_tile<E>(o.tile, [&](auto scheme) {
       using Scheme = decltype(scheme);
       const int64_t tiles = conv.N * TileAxis(conv.Ho, conv.dilation_h, Scheme::kOut).count() *
                             TileAxis(conv.Wo, conv.dilation_w, Scheme::kOut).count();
@@ -348,6 +397,22 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
         run_winograd_staged<Scheme>(conv, tiles);
       }
     });
+  }
+}
+
+void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
+         const Tensor& out, const Options& o) {
+  const bool dots = packed.scalar_type() == ScalarType::BFloat16;
+  FASTSEG_CHECK(dots || packed.scalar_type() == ScalarType::Float,
+                "conv_engine: packed weights must come from conv_engine_pack");
+  if (x.scalar_type() != ScalarType::BFloat16) {
+    FASTSEG_CHECK(!dots, "conv_engine: weights packed for bfloat16 products need a bfloat16 image");
+    run_as<Convolution<float, float>>(x, packed, residual, out, o);
+  } else if (dots) {
+    FASTSEG_COUNT("conv_engine.bf16_products");
+    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, o);
+  } else {
+    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, o);
   }
 }
 
@@ -379,7 +444,7 @@ void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<
 }  // namespace conv_engine
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
-  m.def("conv_engine_pack(Tensor weight, Tensor? bias, int tile) -> Tensor");
+  m.def("conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "

@@ -9,6 +9,7 @@
 #endif
 // clang-format off: each builds on the ones before
 #include "conv_engine/vec.inl"
+#include "conv_engine/bf16.inl"
 #include "conv_engine/gemm_tile.inl"
 #include "conv_engine/epilogue.inl"
 #include "conv_engine/gemm_conv.inl"

@@ -8,7 +8,8 @@ FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
 }
 
 // One vector of output.
-FASTSEG_INLINE void store_output(const Conv& conv, Vec v, float* y) {
+template <class Conv>
+FASTSEG_INLINE void store_output(const Conv& conv, Vec v, typename Conv::Storage* y) {
   v = activate(v, conv.activation, conv.slope);
   if (conv.stream) {
     store_stream(y, v);
@@ -18,8 +19,9 @@ FASTSEG_INLINE void store_output(const Conv& conv, Vec v, float* y) {
 }
 
 // Output channels [k, k + columns) of one pixel from sums[0..columns).
+template <class Conv>
 static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, const float* sums,
-                                float* y, const float* residual) {
+                                typename Conv::Storage* y, const typename Conv::Storage* residual) {
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
     Vec v = load(sums + i) + load(conv.bias + k + i);
@@ -28,10 +30,10 @@ static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, co
   }
   for (; i < columns; ++i) {
     float v = sums[i] + conv.bias[k + i];
-    if (residual) v += residual[k + i];
+    if (residual) v += to_float(residual[k + i]);
     if (conv.activation != Activation::kNone && v < 0) {
       v = conv.activation == Activation::kRelu ? 0 : conv.slope * v;
     }
-    y[k + i] = v;
+    store_scalar(y + k + i, v);
   }
 }

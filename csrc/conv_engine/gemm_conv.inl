@@ -1,15 +1,18 @@
 // Any convolution as one matrix product: rows are output pixels, the reduction is (tap, channel).
 // The rows are gathered straight into the packed form, so there is no im2col matrix.
-// Packed weight: [panel][depth][kPanel].
+// Packed weight: [panel][depth / kPerWord][kPanel][kPerWord].
 
-// 16 floats; zeros where src is null.
-FASTSEG_INLINE void copy_group(const float* src, float* dst) {
-  for (int64_t l = 0; l < kGroup; l += kLanes) store(dst + l, src ? load(src + l) : Vec{});
+// A line of operands; zeros where src is null.
+template <typename T, typename E>
+FASTSEG_INLINE void copy_line(const T* src, E* dst) {
+  for (int64_t l = 0; l < kLine<E>; l += kLanes) store(dst + l, src ? load(src + l) : Vec{});
 }
 
 // The taps of one output pixel, [tap][C], to `row`. `run` taps that lie side by side in memory are
 // copied at once: one by one, the three channels of a 7x7 stem took 12 ms instead of 5.
-static void gather_pixel(const Conv& conv, int64_t n, int64_t oy, int64_t ox, float* row) {
+template <class Conv>
+static void gather_pixel(const Conv& conv, int64_t n, int64_t oy, int64_t ox,
+                         typename Conv::Operand* row) {
   const int64_t x0 = ox * conv.stride_w - conv.pad_w;
   const bool whole =
       conv.dilation_w == 1 && conv.x.pixel == conv.C && x0 >= 0 && x0 + conv.S <= conv.W;
@@ -19,34 +22,38 @@ static void gather_pixel(const Conv& conv, int64_t n, int64_t oy, int64_t ox, fl
     for (int64_t s = 0; s < conv.S; s += run, row += run * conv.C) {
       const int64_t ix = x0 + s * conv.dilation_w;
       if (iy >= 0 && iy < conv.H && ix >= 0 && ix < conv.W) {
-        std::memcpy(row, conv.x.at(n, iy, ix), run * conv.C * sizeof(float));
+        copy_run(conv.x.at(n, iy, ix), row, run * conv.C);
       } else {
-        std::memset(row, 0, run * conv.C * sizeof(float));
+        std::memset(row, 0, run * conv.C * sizeof *row);
       }
     }
   }
 }
 
-// Packs output pixels [first, first + rows) as [depth / 16][rows][16]. `row` takes one of them.
-static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, float* a, float* row) {
-  const int64_t line = rows * kGroup, C = conv.C, depth = conv.depth();
+// Packs output pixels [first, first + rows) as [depth / kLine][rows][kLine]. `row` takes one of
+// them.
+template <class Conv, typename E = typename Conv::Operand>
+static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, E* a, E* row) {
+  const int64_t line = rows * kLine<E>, C = conv.C, depth = conv.depth();
   for (int64_t d = conv.R * conv.S * C; d < depth; ++d) row[d] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t pixel = first + r;
     const int64_t ox = pixel % conv.Wo, oy = pixel / conv.Wo % conv.Ho;
     const int64_t n = pixel / (conv.Wo * conv.Ho);
-    float* dst = a + r * kGroup;
-    if (C % kGroup != 0) {
+    E* dst = a + r * kLine<E>;
+    if (C % kLine<E> != 0) {
       gather_pixel(conv, n, oy, ox, row);
-      for (int64_t d = 0; d < depth; d += kGroup, dst += line) copy_group(row + d, dst);
+      for (int64_t d = 0; d < depth; d += kLine<E>, dst += line) copy_line(row + d, dst);
       continue;
     }
     for (int64_t tap = 0; tap < conv.R * conv.S; ++tap) {
       const int64_t iy = oy * conv.stride_h - conv.pad_h + tap / conv.S * conv.dilation_h;
       const int64_t ix = ox * conv.stride_w - conv.pad_w + tap % conv.S * conv.dilation_w;
       const bool inside = iy >= 0 && iy < conv.H && ix >= 0 && ix < conv.W;
-      const float* src = inside ? conv.x.at(n, iy, ix) : nullptr;
-      for (int64_t c = 0; c < C; c += kGroup, dst += line) copy_group(src ? src + c : nullptr, dst);
+      const auto* src = inside ? conv.x.at(n, iy, ix) : nullptr;
+      for (int64_t c = 0; c < C; c += kLine<E>, dst += line) {
+        copy_line(src ? src + c : nullptr, dst);
+      }
     }
   }
 }
@@ -54,11 +61,13 @@ static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, float* a,
 // The pixels of one block and panel. Sums start from bias and residual: read at the end, between
 // stores to rows that lie whole pages apart just like theirs, the residual took 256 -> 1024
 // channels from 5.6 to 7.6 ms.
+template <class Conv>
 struct OutputPixels {
+  using T = typename Conv::Storage;
   const Conv& conv;
   int64_t k;
-  float* y[kRows];
-  const float* residual[kRows];
+  T* y[kRows];
+  const T* residual[kRows];
 
   OutputPixels(const Conv& conv, int64_t first, int64_t rows, int64_t k) : conv(conv), k(k) {
     int64_t ox = first % conv.Wo, oy = first / conv.Wo % conv.Ho;
@@ -90,8 +99,9 @@ struct OutputPixels {
 
 // Output pixels [begin, end), panels [panel_begin, panel_end). `packed` takes the packed pixels and
 // one more.
+template <class Conv>
 static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t panel_begin,
-                      int64_t panel_end, float* packed) {
+                      int64_t panel_end, typename Conv::Operand* packed) {
   // Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
   // of torch's convolution.
   constexpr int64_t kPiece = 1024;
@@ -104,15 +114,15 @@ static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t pane
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t k = panel * kPanel;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
-    const float* b = conv.weight + k * depth;
+    const auto* b = conv.weight + k * depth;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = part_begin(pixels, blocks, i), last = part_begin(pixels, blocks, i + 1);
       const int64_t rows = last - first;
-      const float* a = packed + first * depth;
-      const OutputPixels pixels_out(conv, begin + first, rows, k);
+      const auto* a = packed + first * depth;
+      const OutputPixels<Conv> pixels_out(conv, begin + first, rows, k);
       if (i + 1 < blocks && conv.residual.data) {
         const int64_t next = part_begin(pixels, blocks, i + 2) - last;
-        OutputPixels(conv, begin + last, next, k).prefetch_residual(next);
+        OutputPixels<Conv>(conv, begin + last, next, k).prefetch_residual(next);
       }
       if (columns % kLanes == 0 && depth <= kPiece) {
         gemm_tile(rows, columns, a, b, depth, pixels_out);

@@ -1,6 +1,6 @@
 // The register tile everything else feeds: rows x kPanel products of packed operands.
-//   a: [depth / 16][rows][16]   one cache line per row and group of the reduction
-//   b: [depth][kPanel]
+//   a: [depth / kLine][rows][kLine]   one cache line per row and group of the reduction
+//   b: [depth / kPerWord][kPanel][kPerWord]
 //   out.start(r, column): what the sums of row r, columns [column, column + kLanes) start from
 //   out.finish(r, column, Vec): takes the finished sums
 
@@ -8,8 +8,8 @@
 // broadcast register; an operand broadcast from memory would double the loads, of which Zen 5 and
 // Golden Cove do two a cycle. The weights behind b are fetched into L2 meanwhile: where they stream
 // from L3 that takes 512 channels from 17.4 to 15.5 ms.
-template <int R, int V, class Rows>
-FASTSEG_INLINE void gemm_registers(const float* a, const float* b, int64_t depth, int64_t column,
+template <int R, int V, class E, class Rows>
+FASTSEG_INLINE void gemm_registers(const E* a, const E* b, int64_t depth, int64_t column,
                                    const Rows& out) {
   Vec acc[R][V];
 #pragma GCC unroll 14
@@ -17,19 +17,19 @@ FASTSEG_INLINE void gemm_registers(const float* a, const float* b, int64_t depth
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = out.start(r, column + v * kLanes);
   }
-  for (int64_t d = 0; d < depth; d += kGroup, a += R * kGroup) {
+  for (int64_t d = 0; d < depth; d += kLine<E>, a += R * kLine<E>) {
 #pragma GCC unroll 4
-    for (int l = 0; l < kGroup; ++l, b += kPanel) {
+    for (int l = 0; l < kGroup; ++l, b += kPanel * kPerWord<E>) {
       __builtin_prefetch(b + depth * kPanel, 0, 2);
-      __builtin_prefetch(b + depth * kPanel + 16, 0, 2);
-      Vec panel[V];
+      __builtin_prefetch(b + depth * kPanel + kLine<E>, 0, 2);
+      decltype(load_words(b)) panel[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) panel[v] = load(b + v * kLanes);
+      for (int v = 0; v < V; ++v) panel[v] = load_words(b + v * kLanes * kPerWord<E>);
 #pragma GCC unroll 14
       for (int r = 0; r < R; ++r) {
-        const float scalar = a[r * kGroup + l];
+        const auto scalar = load_word(a + r * kLine<E> + l * kPerWord<E>);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) acc[r][v] += scalar * panel[v];
+        for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], scalar, panel[v]);
       }
     }
   }
@@ -40,9 +40,9 @@ FASTSEG_INLINE void gemm_registers(const float* a, const float* b, int64_t depth
   }
 }
 
-template <int V, int R, class Rows>
-FASTSEG_INLINE void gemm_rows(int64_t rows, const float* a, const float* b, int64_t depth,
-                              int64_t column, const Rows& out) {
+template <int V, int R, class E, class Rows>
+FASTSEG_INLINE void gemm_rows(int64_t rows, const E* a, const E* b, int64_t depth, int64_t column,
+                              const Rows& out) {
   if constexpr (R > 0) {
     if (rows == R) return gemm_registers<R, V>(a, b, depth, column, out);
     gemm_rows<V, R - 1>(rows, a, b, depth, column, out);
@@ -50,14 +50,14 @@ FASTSEG_INLINE void gemm_rows(int64_t rows, const float* a, const float* b, int6
 }
 
 // `columns` of the panel are wanted; those behind are left alone or are zeros.
-template <class Rows>
-static void gemm_tile(int64_t rows, int64_t columns, const float* a, const float* b, int64_t depth,
+template <class E, class Rows>
+static void gemm_tile(int64_t rows, int64_t columns, const E* a, const E* b, int64_t depth,
                       const Rows& out) {
   for (int64_t k = 0; k < columns; k += 2 * kLanes) {
     if (columns - k > kLanes) {
-      gemm_rows<2, kRows>(rows, a, b + k, depth, k, out);
+      gemm_rows<2, kRows>(rows, a, b + k * kPerWord<E>, depth, k, out);
     } else {
-      gemm_rows<1, kRows>(rows, a, b + k, depth, k, out);
+      gemm_rows<1, kRows>(rows, a, b + k * kPerWord<E>, depth, k, out);
     }
   }
 }

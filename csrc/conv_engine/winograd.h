@@ -38,7 +38,13 @@ struct WinogradPoints<5, 5> {
   static constexpr double kPoints[] = {0.25, 0.75, 1.25, 2.0};
 };
 
-template <int kOutputs, int kTaps = 3>
+// For operands rounded to bfloat16: the least error of F(4, 3), since no coefficient of the
+// transforms is far from 1.
+struct RoundedPoints {
+  static constexpr double kPoints[] = {0.70710678118654752, 1.41421356237309505};
+};
+
+template <int kOutputs, int kTaps = 3, class Points = WinogradPoints<kOutputs, kTaps>>
 struct Winograd {
   static constexpr int kOut = kOutputs;
   static constexpr int kIn = kOut + kTaps - 1;
@@ -50,7 +56,7 @@ struct Winograd {
   // Point of row `row` in the order 0 (if kZero), +p0, -p0, +p1, ...; infinity comes last.
   static double point(int row) {
     if (row < kZero) return 0;
-    const double p = WinogradPoints<kOut, kTaps>::kPoints[(row - kZero) / 2];
+    const double p = Points::kPoints[(row - kZero) / 2];
     return (row - kZero) % 2 ? -p : p;
   }
 
@@ -77,7 +83,7 @@ struct Winograd {
   };
   static constexpr Coefficients coefficients() {
     Coefficients result;
-    constexpr auto& p = WinogradPoints<kOut, kTaps>::kPoints;
+    constexpr auto& p = Points::kPoints;
     for (int i = 0; i <= kPairs; ++i) {
       double poly[kPairs + 1] = {1};
       int degree = 0;

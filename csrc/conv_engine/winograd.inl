@@ -1,16 +1,14 @@
 // 3x3 convolution of stride 1 and any dilation by Winograd F(m x m, 3 x 3) on the tiles of
 // winograd.h. Tiles are grouped in blocks of up to kRows: the rows of a register tile.
-//   V (transformed input) of a block and point: [C / 16][rows][16]
-//   packed weight: [panel][point][C, a whole number of groups][kPanel]
+//   V (transformed input) of a block and point: [C / kLine][rows][kLine]
+//   packed weight: [panel][point][C / kPerWord, of whole lines][kPanel][kPerWord]
 //   M (products) of a block, point and panel: [rows][kPanel]
-// Points of V lie kPointPad floats further apart than they need to, so that they do not fall on the
+// Points of V lie a cache line further apart than they need to, so that they do not fall on the
 // same cache sets.
 
-constexpr int64_t kPointPad = 16;
-
-template <int kOut, int kTaps, int kIn>
-FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps>, const Vec (&d)[kIn], Vec (&v)[kIn]) {
-  using W = Winograd<kOut, kTaps>;
+template <int kOut, int kTaps, class P, int kIn>
+FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P>, const Vec (&d)[kIn], Vec (&v)[kIn]) {
+  using W = Winograd<kOut, kTaps, P>;
   constexpr int kZ = W::kZero, kPairs = W::kPairs;
   constexpr auto kCoef = W::coefficients();
   Vec infinity = d[2 * kPairs + kZ];  // the leading coefficient of every polynomial is 1
@@ -36,9 +34,10 @@ FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps>, const Vec (&d)[kIn], 
   }
 }
 
-template <int kOut, int kTaps, int kIn>
-FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps>, const Vec (&m)[kIn], Vec (&y)[kOut]) {
-  using W = Winograd<kOut, kTaps>;
+template <int kOut, int kTaps, class P, int kIn>
+FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P>, const Vec (&m)[kIn],
+                                     Vec (&y)[kOut]) {
+  using W = Winograd<kOut, kTaps, P>;
   constexpr auto kCoef = W::coefficients();
 #pragma GCC unroll 8
   for (int i = 0; i < W::kPairs; ++i) {
@@ -65,29 +64,32 @@ FASTSEG_INLINE void output_transform(Bordered, const Vec (&m)[3], Vec (&y)[2]) {
   y[1] = m[0] + m[2];
 }
 
-template <class Scheme>
+template <class Scheme, class Conv>
 struct WinogradKernel {
+  using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
+
   // Tiles [begin, end), counted over (image, tile row, tile column), from input to output. A few
   // dozen tiles at a time keep V and M in L2, and no other thread waits for them.
   static void run(const Conv& conv, int64_t begin, int64_t end, float* scratch) {
-    const int64_t C = round_up(conv.C, kGroup), tiles = end - begin;
+    const int64_t C = conv.channels(), tiles = end - begin;
     const int64_t blocks = ceil_div(tiles, kRows);
-    float* v = scratch;
-    float* m = v + blocks * v_size(conv);
-    float* zeros = m + blocks * kMSize;
+    E* v = reinterpret_cast<E*>(scratch);
+    float* m = scratch + blocks * v_size(conv) / kPerWord<E>;
+    T* zeros = reinterpret_cast<T*>(m + blocks * kMSize);
     clear(zeros, C);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = part_begin(tiles, blocks, i);
       const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-      transform_input(conv, begin + first, rows, zeros, v + i * v_size(conv), C * rows + kPointPad,
+      transform_input(conv, begin + first, rows, zeros, v + i * v_size(conv), C * rows + kLine<E>,
                       false);
     }
     for (int64_t k = 0; k < conv.K; k += kPanel) {
-      const float* b = conv.weight + k * kPoints * C;
+      const E* b = conv.weight + k * kPoints * C;
       for (int64_t point = 0; point < kPoints; ++point, b += C * kPanel) {
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t rows = part_begin(tiles, blocks, i + 1) - part_begin(tiles, blocks, i);
-          const float* a = v + i * v_size(conv) + point * (C * rows + kPointPad);
+          const E* a = v + i * v_size(conv) + point * (C * rows + kLine<E>);
           gemm_tile(rows, columns(conv, k), a, b, C,
                     StoreTile{m + i * kMSize + point * kRows * kPanel});
         }
@@ -102,7 +104,7 @@ struct WinogradKernel {
 
   // Floats of scratch memory that run() needs for so many tiles.
   static int64_t scratch_size(const Conv& conv, int64_t tiles) {
-    return ceil_div(tiles, kRows) * (v_size(conv) + kMSize) + round_up(conv.C, kGroup);
+    return ceil_div(tiles, kRows) * (v_size(conv) / kPerWord<E> + kMSize) + conv.channels();
   }
 
   // The same in three stages with all threads at each, for so many channels that V of a task would
@@ -110,13 +112,13 @@ struct WinogradKernel {
   // stage are [begin, begin + tiles).
   //   V: [point][block], M: [point][panel][tile][kPanel]
 
-  static void stage_input(const Conv& conv, int64_t begin, int64_t tiles, int64_t block, float* v,
-                          float* zeros) {
-    const int64_t C = round_up(conv.C, kGroup), blocks = ceil_div(tiles, kRows);
+  static void stage_input(const Conv& conv, int64_t begin, int64_t tiles, int64_t block, E* v,
+                          T* zeros) {
+    const int64_t C = conv.channels(), blocks = ceil_div(tiles, kRows);
     const int64_t first = part_begin(tiles, blocks, block);
     const int64_t rows = part_begin(tiles, blocks, block + 1) - first;
     clear(zeros, C);
-    transform_input(conv, begin + first, rows, zeros, v + first * C, tiles * C + kPointPad, true);
+    transform_input(conv, begin + first, rows, zeros, v + first * C, tiles * C + kLine<E>, true);
     stream_fence();
   }
 
@@ -124,10 +126,10 @@ struct WinogradKernel {
   // which the weights of all panels stay in L2 and V in L1, so both are read from memory once; sums
   // of pieces are also more accurate than one long sum.
   static void stage_multiply(const Conv& conv, int64_t tiles, int64_t point, int64_t block_begin,
-                             int64_t block_end, const float* v, float* m) {
+                             int64_t block_end, const E* v, float* m) {
     constexpr int64_t kPiece = 512;
-    const int64_t C = round_up(conv.C, kGroup), blocks = ceil_div(tiles, kRows);
-    v += point * (tiles * C + kPointPad);
+    const int64_t C = conv.channels(), blocks = ceil_div(tiles, kRows);
+    v += point * (tiles * C + kLine<E>);
     m += point * conv.panels() * tiles * kPanel;
     for (int64_t c = 0; c < C; c += kPiece) {
       const int64_t depth = C - c < kPiece ? C - c : kPiece;
@@ -135,7 +137,7 @@ struct WinogradKernel {
         const int64_t first = part_begin(tiles, blocks, i);
         const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
         for (int64_t panel = 0; panel < conv.panels(); ++panel) {
-          const float* b = conv.weight + ((panel * kPoints + point) * C + c) * kPanel;
+          const E* b = conv.weight + ((panel * kPoints + point) * C + c) * kPanel;
           gemm_tile(rows, columns(conv, panel * kPanel), v + first * C + c * rows, b, depth,
                     StoreTile{m + (panel * tiles + first) * kPanel, c > 0});
         }
@@ -159,19 +161,17 @@ struct WinogradKernel {
   static constexpr int kPoints = kProducts * kProducts;
   static constexpr int64_t kMSize = kPoints * kRows * kPanel;  // of a block
 
-  static int64_t v_size(const Conv& conv) {
-    return kPoints * (round_up(conv.C, kGroup) * kRows + kPointPad);
-  }
+  static int64_t v_size(const Conv& conv) { return kPoints * (conv.channels() * kRows + kLine<E>); }
   static int64_t columns(const Conv& conv, int64_t k) {
     return conv.K - k < kPanel ? conv.K - k : kPanel;
   }
-  static void clear(float* p, int64_t n) {
+  static void clear(T* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = 0;
   }
 
   // Tiles [first, first + rows) to V; input pixels outside the image are read from `zeros`.
-  static void transform_input(const Conv& conv, int64_t first, int64_t rows, const float* zeros,
-                              float* v, int64_t point_stride, bool stream) {
+  static void transform_input(const Conv& conv, int64_t first, int64_t rows, const T* zeros, E* v,
+                              int64_t point_stride, bool stream) {
     const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
     const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
     for (int64_t r = 0; r < rows; ++r) {
@@ -181,7 +181,7 @@ struct WinogradKernel {
       const int64_t y0 =
           axis_y.first(tile / tiles_x % tiles_y) - conv.pad_h + Scheme::kOffset * conv.dilation_h;
       const int64_t n = tile / (tiles_x * tiles_y);
-      const float* src[kIn][kIn];
+      const T* src[kIn][kIn];
       for (int i = 0; i < kIn; ++i) {
         for (int j = 0; j < kIn; ++j) {
           const int64_t y = y0 + i * conv.dilation_h, x = x0 + j * conv.dilation_w;
@@ -189,13 +189,13 @@ struct WinogradKernel {
           src[i][j] = inside ? conv.x.at(n, y, x) : zeros;
         }
       }
-      for (int64_t c = 0; c < conv.C; c += kGroup) {
-        float* dst = v + c * rows + r * kGroup;
-        if (c + kGroup <= conv.C) {
+      for (int64_t c = 0; c < conv.C; c += kLine<E>) {
+        E* dst = v + c * rows + r * kLine<E>;
+        if (c + kLine<E> <= conv.C) {
           transform_group(src, c, dst, point_stride, stream);
         } else {
-          alignas(64) float last[kIn * kIn][kGroup] = {};  // C is not a whole number of groups
-          const float* padded[kIn][kIn];
+          alignas(64) T last[kIn * kIn][kLine<E>] = {};  // C is not a whole number of groups
+          const T* padded[kIn][kIn];
           for (int i = 0; i < kIn * kIn; ++i) {
             padded[i / kIn][i % kIn] = last[i];
             for (int64_t l = 0; l < conv.C - c; ++l) last[i][l] = src[i / kIn][i % kIn][c + l];
@@ -206,10 +206,10 @@ struct WinogradKernel {
     }
   }
 
-  // 16 channels of one tile.
-  static void transform_group(const float* const (&src)[kIn][kIn], int64_t c, float* dst,
+  // A line of channels of one tile.
+  static void transform_group(const T* const (&src)[kIn][kIn], int64_t c, E* dst,
                               int64_t point_stride, bool stream) {
-    for (int64_t l = 0; l < kGroup; l += kLanes) {
+    for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec columns[kProducts][kIn];
 #pragma GCC unroll 8
       for (int j = 0; j < kIn; ++j) {
@@ -226,7 +226,7 @@ struct WinogradKernel {
         input_transform(Scheme{}, columns[i], v);
 #pragma GCC unroll 8
         for (int j = 0; j < kProducts; ++j) {
-          float* to = dst + (i * kProducts + j) * point_stride + l;
+          E* to = dst + (i * kProducts + j) * point_stride + l;
           if (stream) {
             store_stream(to, v[j]);
           } else {

@@ -5,17 +5,21 @@
 // product; with few output channels that also fills the panels (3 groups x 21 channels = 63
 // columns).
 //   lines: rows of a 1 x k, columns of a k x 1 convolution, counted over all images
-//   packed weight: [panel of (group, output channel)][point][C, a whole number of groups][kPanel]
-//   V: [point][C / 16][lines][16]
+//   packed weight: [panel of (group, output channel)][point][C, a whole number of lines][kPanel]
+//   V: [point][C / kLine][lines][kLine]
 //   P (products) of one tile: [point][line][column]; the last `groups` tiles are kept in a ring
 
+template <class Conv>
 struct Winograd1dKernel {
+  using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
+
   // Lines [begin, end) from the first tile to the last.
   static void run(const Conv& conv, int64_t begin, int64_t end, float* scratch) {
     const Sizes s(conv, end - begin);
-    float* v = scratch;
-    float* ring = v + s.v_size;
-    float* zeros = ring + s.groups * s.p_size;
+    E* v = reinterpret_cast<E*>(scratch);
+    float* ring = scratch + s.v_size / kPerWord<E>;
+    T* zeros = reinterpret_cast<T*>(ring + s.groups * s.p_size);
     for (int64_t c = 0; c < s.C; ++c) zeros[c] = 0;
     const int64_t blocks = ceil_div(s.lines, kRows);
     for (int64_t t = 0; t < s.tiles + s.groups - 1; ++t) {
@@ -24,11 +28,11 @@ struct Winograd1dKernel {
       for (int64_t panel = 0; panel < s.panels; ++panel) {
         const int64_t left = s.groups * conv.K - panel * kPanel;
         for (int64_t point = 0; point < kProducts; ++point) {
-          const float* b = conv.weight + (panel * kProducts + point) * s.C * kPanel;
+          const E* b = conv.weight + (panel * kProducts + point) * s.C * kPanel;
           for (int64_t i = 0; i < blocks; ++i) {
             const int64_t first = part_begin(s.lines, blocks, i);
             const int64_t rows = part_begin(s.lines, blocks, i + 1) - first;
-            const float* a = v + point * s.v_point + first * s.C;
+            const E* a = v + point * s.v_point + first * s.C;
             float* out = p + (point * s.lines + first) * s.columns + panel * kPanel;
             gemm_tile(rows, left < kPanel ? left : kPanel, a, b, s.C,
                       StoreTile{out, false, s.columns});
@@ -42,7 +46,7 @@ struct Winograd1dKernel {
   // Floats of scratch memory that run() needs for so many lines.
   static int64_t scratch_size(const Conv& conv, int64_t lines) {
     const Sizes s(conv, lines);
-    return s.v_size + s.groups * s.p_size + s.C + kLanes;
+    return s.v_size / kPerWord<E> + s.groups * s.p_size + s.C + kLanes;
   }
 
  private:
@@ -57,7 +61,7 @@ struct Winograd1dKernel {
     Sizes(const Conv& conv, int64_t lines)
         : vertical(conv.S == 1),
           lines(lines),
-          C(round_up(conv.C, kGroup)),
+          C(conv.channels()),
           length(vertical ? conv.H : conv.W),
           outputs(vertical ? conv.Ho : conv.Wo),
           pad(vertical ? conv.pad_h : conv.pad_w),
@@ -65,14 +69,14 @@ struct Winograd1dKernel {
           groups(ceil_div(vertical ? conv.R : conv.S, 5)),
           panels(ceil_div(groups * conv.K, kPanel)),
           columns(panels * kPanel),
-          v_point(C * lines + kPointPad),
+          v_point(C * lines + kLine<E>),
           v_size(kProducts * v_point),
           p_size(kProducts * lines * columns) {}
   };
 
   // Tile t of every line to V, block by block of rows of the register tile.
   static void transform_input(const Conv& conv, const Sizes& s, int64_t begin, int64_t t,
-                              const float* zeros, float* v) {
+                              const T* zeros, E* v) {
     const int64_t blocks = ceil_div(s.lines, kRows);
     const int64_t across = s.vertical ? conv.W : conv.H;
     for (int64_t i = 0; i < blocks; ++i) {
@@ -80,20 +84,20 @@ struct Winograd1dKernel {
       const int64_t rows = part_begin(s.lines, blocks, i + 1) - first;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t line = begin + first + r;
-        const float* src[kIn];
+        const T* src[kIn];
         for (int j = 0; j < kIn; ++j) {
           const int64_t at = t * kOut + j - s.pad;
           src[j] = at < 0 || at >= s.length ? zeros
                    : s.vertical             ? conv.x.at(line / across, at, line % across)
                                             : conv.x.at(line / across, line % across, at);
         }
-        for (int64_t c = 0; c < conv.C; c += kGroup) {
-          float* dst = v + first * s.C + c * rows + r * kGroup;
-          if (c + kGroup <= conv.C) {
+        for (int64_t c = 0; c < conv.C; c += kLine<E>) {
+          E* dst = v + first * s.C + c * rows + r * kLine<E>;
+          if (c + kLine<E> <= conv.C) {
             transform_group(src, c, dst, s.v_point);
           } else {
-            alignas(64) float last[kIn][kGroup] = {};  // C is not a whole number of groups
-            const float* padded[kIn];
+            alignas(64) T last[kIn][kLine<E>] = {};  // C is not a whole number of groups
+            const T* padded[kIn];
             for (int j = 0; j < kIn; ++j) {
               padded[j] = last[j];
               for (int64_t l = 0; l < conv.C - c; ++l) last[j][l] = src[j][c + l];
@@ -105,9 +109,8 @@ struct Winograd1dKernel {
     }
   }
 
-  static void transform_group(const float* const (&src)[kIn], int64_t c, float* dst,
-                              int64_t point_stride) {
-    for (int64_t l = 0; l < kGroup; l += kLanes) {
+  static void transform_group(const T* const (&src)[kIn], int64_t c, E* dst, int64_t point_stride) {
+    for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec d[kIn], v[kProducts];
 #pragma GCC unroll 16
       for (int j = 0; j < kIn; ++j) d[j] = load(src[j] + c + l);

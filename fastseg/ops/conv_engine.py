@@ -148,6 +148,7 @@ def pack_conv(
     activation: str = "none",
     negative_slope: float = 0.01,
     tile: int = 0,
+    products: torch.dtype = torch.float32,
 ) -> PackedConv:
     """Prepare a convolution for ``conv_engine``.
 
@@ -157,6 +158,9 @@ def pack_conv(
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
         tile: the algorithm, from ``choose_tile``; 0 is the matrix product.
+        products: what the packed weights and the (transformed) input are rounded to before they
+            are multiplied: float32, for images of either dtype, or for bfloat16 images bfloat16;
+            see ``choose_algorithm``. Sums are float32.
 
     Returns:
         The packed form: ``PRODUCTS[tile] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
@@ -174,12 +178,16 @@ def pack_conv(
         raise ValueError(
             f"pack_conv: bias must have {weight.shape[0]} elements, got {tuple(bias.shape)}"
         )
+    if products not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"pack_conv: products must be float32 or bfloat16, got {products}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"pack_conv: activation must be one of {ACTIVATIONS}, got {activation!r}")
     K, C, R, S = weight.shape
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None
-        packed = torch.ops.fastseg.conv_engine_pack(weight.detach().contiguous(), bias, tile)
+        packed = torch.ops.fastseg.conv_engine_pack(
+            weight.detach().contiguous(), bias, tile, products == torch.bfloat16
+        )
     return PackedConv(
         packed, C, K, (R, S), stride, padding, dilation, tile, activation, negative_slope
     )
@@ -191,17 +199,18 @@ def conv_engine(
     """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients.
 
     Args:
-        x: (N, C, H, W) float32 on the CPU, best in channels-last memory (else it is copied).
+        x: (N, C, H, W) float32 or bfloat16 on the CPU, best in channels-last memory (else it is
+            copied). Of bfloat16 the result is rounded once, to nearest even.
         conv: from ``pack_conv``.
-        residual: (N, K, Ho, Wo) float32 to add before the activation, or None.
-        out: (N, K, Ho, Wo) float32 to write to, with channel stride 1: a slice of channels of a
-            larger channels-last tensor makes a concatenation free.
+        residual: (N, K, Ho, Wo), dtype of ``x``, to add before the activation, or None.
+        out: (N, K, Ho, Wo), dtype of ``x``, to write to, with channel stride 1: a slice of channels
+            of a larger channels-last tensor makes a concatenation free.
 
     Returns:
-        (N, K, Ho, Wo) float32, channels last; ``out`` if it was given.
+        (N, K, Ho, Wo), dtype of ``x``, channels last; ``out`` if it was given.
 
     Raises:
-        ValueError: shapes do not match, or a gradient would be needed.
+        ValueError: shapes or dtypes do not match, or a gradient would be needed.
     """
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         raise ValueError(
@@ -262,16 +271,18 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastseg::conv_engine_pack")
-def _(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+def _(weight: Tensor, bias: Tensor | None, tile: int, bfloat16: bool = False) -> Tensor:
     K, C, R, S = weight.shape
-    columns, depth = K, _round_up(C, 16)
+    per_word = 2 if bfloat16 else 1
+    columns, depth = K, _round_up(C, 16 * per_word)
     if tile == 0:
-        depth = _round_up(C * R * S, 16)
+        depth = _round_up(C * R * S, 16 * per_word)
     elif tile == LINE:
         columns, depth = -(-R * S // 5) * K, 9 * depth
     else:
         depth = PRODUCTS[tile] ** 2 * depth
-    return weight.new_empty(_round_up(columns, 32) * depth + _round_up(K, 32))
+    size = _round_up(columns, 32) * depth + _round_up(K, 32) * per_word
+    return weight.new_empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 
 @torch.library.register_fake("fastseg::conv_engine")

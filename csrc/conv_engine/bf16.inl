@@ -1,0 +1,77 @@
+// bfloat16 as storage, widened and rounded to nearest even on the way, and as operand of products
+// that are summed in float32.
+
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias));
+typedef Halves UnalignedHalves __attribute__((aligned(sizeof(uint16_t))));
+typedef Words UnalignedWords __attribute__((aligned(sizeof(uint32_t))));
+
+FASTSEG_INLINE Vec load(const BFloat16* p) {
+  const Halves halves = *reinterpret_cast<const UnalignedHalves*>(p);
+  return (Vec)(__builtin_convertvector(halves, Words) << 16);
+}
+
+FASTSEG_INLINE Halves narrow(Vec v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words is_nan = (Words)(v != v);
+  return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+}
+
+FASTSEG_INLINE void store(BFloat16* p, Vec v) {
+  *reinterpret_cast<UnalignedHalves*>(p) = narrow(v);
+}
+
+// Half of a register, so whole lines leave the write-combining buffers after two to eight of these.
+FASTSEG_INLINE void store_stream(BFloat16* p, Vec v) {
+#if FASTSEG_ISA_LEVEL >= 2
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v));
+#elif FASTSEG_ISA_LEVEL == 1
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(v));
+#else
+  store(p, v);
+#endif
+}
+
+FASTSEG_INLINE float to_float(float v) { return v; }
+FASTSEG_INLINE float to_float(BFloat16 v) { return static_cast<float>(v); }
+FASTSEG_INLINE void store_scalar(float* p, float v) { *p = v; }
+FASTSEG_INLINE void store_scalar(BFloat16* p, float v) { *p = BFloat16(v); }
+
+// n values of storage type to n operands.
+template <typename T>
+FASTSEG_INLINE void copy_run(const T* src, T* dst, int64_t n) {
+  std::memcpy(dst, src, n * sizeof(T));
+}
+FASTSEG_INLINE void copy_run(const BFloat16* src, float* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(src[i].x) << 16;
+    std::memcpy(dst + i, &bits, sizeof bits);
+  }
+}
+
+// A word of operands is a float, or two bfloat16 whose products are added to the same sum.
+FASTSEG_INLINE float load_word(const float* p) { return *p; }
+FASTSEG_INLINE Vec load_words(const float* p) { return load(p); }
+FASTSEG_INLINE Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
+
+FASTSEG_INLINE uint32_t load_word(const BFloat16* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+FASTSEG_INLINE Words load_words(const BFloat16* p) {
+  return *reinterpret_cast<const UnalignedWords*>(p);
+}
+FASTSEG_INLINE Vec multiply_add(Vec sum, uint32_t a, Words b) {
+#if FASTSEG_ISA_LEVEL >= 3
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+  const uint32_t low = a << 16, high = a & 0xffff0000;
+  float scalar[2];
+  std::memcpy(scalar, &low, sizeof low);
+  std::memcpy(scalar + 1, &high, sizeof high);
+  sum += scalar[0] * (Vec)(b << 16);
+  return sum + scalar[1] * (Vec)(b & 0xffff0000);
+#endif
+}
