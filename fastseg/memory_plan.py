@@ -69,6 +69,8 @@ class Concat(nn.Module):
         self.place = place
 
     def forward(self, *parts: Tensor) -> Tensor:
+        if any(part.dim() != 4 for part in parts):  # images without a batch
+            return torch.cat(parts, 1)
         N, _, H, W = parts[0].shape
         total = sum(part.shape[1] for part in parts)
         if any(part.shape[::2] != (N, H) or part.shape[3] != W for part in parts):
@@ -185,7 +187,7 @@ def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
             return module.weight.shape[0]
     same = (
         (node.op == "call_function" and node.target is F.interpolate)
-        or (node.op == "call_method" and node.target == "expand_as")
+        or (node.op == "call_method" and node.target in ("expand", "expand_as"))
         or (node.op == "call_module" and isinstance(modules[str(node.target)], MODULES))
     )
     source = node.args[0] if same and node.args else None

@@ -127,7 +127,7 @@ def test_layers_of_fastseg():
     assert isinstance(fast.grouped, fastseg.nn.ConvBNReLU2d)
     text = fastseg.explain(fast)
     assert "conv3: convolution engine" in text
-    assert "grouped.conv: left to torch, 4 groups" in text
+    assert "grouped: left to torch, 4 groups" in text
 
 
 def test_convolutions_of_a_kind_of_their_own_stay():

@@ -69,6 +69,8 @@ class PackedConv2d(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.accuracy = accuracy
+        for name in nn.Conv2d.__constants__:  # which a network may ask its layer for
+            setattr(self, name, getattr(conv, name))
         self.options: dict[str, Any] = {
             "stride": conv.stride,
             "padding": _padding(conv),
@@ -96,6 +98,8 @@ class PackedConv2d(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
+        if x.dim() == 3:  # one image without a batch
+            return self(x[None], residual, out)[0]
         tile = self.tile(x)
         packed = self._packed.get(tile)
         if packed is None:
@@ -103,7 +107,8 @@ class PackedConv2d(nn.Module):
                 packed = pack_conv(self.weight, self.bias, **self.options, tile=tile)
             self._packed[tile] = packed
         shape = self.output_shape(x)
-        if residual is not None and residual.shape != shape:  # it broadcasts
+        if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+            # It broadcasts, or decides the dtype of the sum.
             y = conv_engine(x, replace(packed, activation="none")) + residual
             return activate(y, packed.activation, packed.negative_slope)
         if out is None and self.place is not None:

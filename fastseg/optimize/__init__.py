@@ -1,0 +1,203 @@
+"""Make a trained network fast on the CPU: its convolutions by the engine, everything else kept.
+
+A network, or the largest parts of it that ``torch.fx`` can trace (:mod:`.tracing`), becomes a
+graph. In it each convolution takes over the batch norm, the addition and the activation behind it
+(:mod:`.fusion`); pooling, pyramids and resized scores get their own forms (:mod:`.patterns`); and
+results go to buffers that are used again (:mod:`fastseg.memory_plan`). What does not trace keeps
+its own ``forward``, with its children optimised one by one. What the engine does not compute stays
+as it is; :func:`explain` says why.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from .fusion import Report, as_layer, why_left
+from .graph import optimize_graph
+from .patterns import faster_pool
+from .register import register
+from .tracing import has_options, reads_strides, required_arguments, trace
+
+__all__ = ["explain", "optimize"]
+
+NOTES = "fastseg_notes"  # what was done to a part and what not, as (name, text)
+
+
+def optimize(
+    model: nn.Module, dtype: torch.dtype = torch.float32, accuracy: str = "default"
+) -> nn.Module:
+    """A copy of ``model`` for inference on the CPU: the same outputs within a tolerance, faster.
+
+    Results may be in channels-last memory, as torch's own are for a network in that layout. The
+    copy can be called from several threads, copied and pickled. It is not for training and not for
+    exchange: its ``state_dict()`` holds only what was left to torch; save the model's own.
+
+    Args:
+        model: any ``nn.Module`` in evaluation mode. It is not changed. What cannot be optimised
+            stays as it is in the copy; :func:`explain` says what and why.
+        dtype: precision to compute in: float32.
+        accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
+            output per layer; "strict" only what rounds no more than torch's own convolution.
+
+    Returns:
+        The optimised copy, for calls under ``torch.inference_mode()`` or ``torch.no_grad()``.
+        Later changes of the model's weights do not reach it.
+
+    Raises:
+        ValueError: the model is in training mode, or an argument has no such value.
+    """
+    if model.training:
+        raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
+    if dtype != torch.float32:
+        raise ValueError(f"optimize: dtype must be torch.float32, got {dtype}")
+    if accuracy not in ("default", "strict"):
+        raise ValueError(f'optimize: accuracy must be "default" or "strict", got {accuracy!r}')
+    report: Report = []
+    fast = _optimize(_inference_form(copy.deepcopy(model)), {"accuracy": accuracy}, report, "")
+    _place_of_notes(fast)[NOTES] = report
+    return fast
+
+
+def explain(model: nn.Module) -> str:
+    """What :func:`optimize` did to a network, or would do: a line for each convolution, with what
+    it runs as or why not, for each other change, and for each module that keeps its ``forward``."""
+    notes = _place_of_notes(model).get(NOTES)
+    if notes is None:
+        notes = _place_of_notes(optimize(model))[NOTES]
+    return "\n".join(f"{name or 'the model'}: {text}" for name, text in notes)
+
+
+def _place_of_notes(model: nn.Module) -> dict[str, Any]:
+    """Where copies and pickles of a module keep what is not part of it."""
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
+
+
+class Part(nn.Module):
+    """A module that runs as a graph where it is called with the arguments that it needs, and is
+    itself for all else: options, indexing, attributes.
+
+    Args:
+        graph: what runs.
+        own: the module.
+    """
+
+    def __init__(self, graph: nn.Module, own: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        self.own = own
+        self.arguments = required_arguments(own)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = len(args) + len(kwargs)
+        if given == len(self.arguments) and kwargs.keys() <= set(self.arguments):
+            return self.graph(*args, **kwargs)
+        return self.own(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "own":
+                raise
+            return getattr(self.own, name)
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        return self.own[index]  # type: ignore[index]
+
+    def __iter__(self) -> Any:
+        return iter(self.own)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self.own)  # type: ignore[arg-type]
+
+
+def _inference_form(module: nn.Module) -> nn.Module:
+    """``module`` with every part replaced that has its own form for inference."""
+    form = getattr(module, "inference_form", None)
+    if form is not None:
+        return form()
+    for name, child in module.named_children():
+        new = _inference_form(child)
+        if new is not child:
+            setattr(module, name, new)
+    return module
+
+
+def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name: str) -> nn.Module:
+    """``module``, whose name is this, in its fast form."""
+    layer = as_layer(module)
+    if layer:
+        packed = layer.pack(settings)
+        report.append((name, f"convolution engine, {packed.extra_repr()}"))
+        return packed
+    pool = faster_pool(module)
+    if pool:
+        report.append((name, "max pool with compact indices"))
+        return pool
+    if left := why_left(module):
+        report.append((name, left))
+        return module
+    if not any(isinstance(m, nn.Conv2d | nn.MaxPool2d) for m in module.modules()):
+        return module
+    if isinstance(module, torch.jit.ScriptModule):
+        report.append((name, "stays as it is, it is a TorchScript module"))
+        return module
+    traced, reasons = trace(module)
+    if traced is None:
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            report.append((name, f"keeps its forward, {reasons[module]}"))
+        return _optimize_children(module, settings, report, name)
+    for part_name in {str(n.target): None for n in traced.graph.nodes if n.op == "call_module"}:
+        part = traced.get_submodule(part_name)
+        deeper = part in reasons or any(part.children())
+        if deeper and not as_layer(part) and not why_left(part):
+            new = _optimize(part, settings, report, _join(name, part_name))
+            if new is not part:
+                traced.set_submodule(part_name, new)
+    weights = {
+        n: _attribute(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr"
+    }
+    notes, _ = optimize_graph(traced, settings, weights)
+    report += [(_join(name, part_name), text) for part_name, text in notes]
+    return Part(traced, module) if name or has_options(module) else traced
+
+
+def _optimize_children(
+    module: nn.Module, settings: dict[str, Any], report: Report, name: str
+) -> nn.Module:
+    """A module that keeps its ``forward``."""
+    if reads_strides(module):
+        report.append((name, "its parts stay too: its forward depends on the memory layout"))
+        module.register_forward_pre_hook(torch_layout, with_kwargs=True)
+        return module
+    done: dict[nn.Module, nn.Module] = {}
+    for child_name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        if child not in done:
+            done[child] = _optimize(child, settings, report, _join(name, child_name))
+        if done[child] is not child:
+            setattr(module, child_name, done[child])
+    return module
+
+
+def torch_layout(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """A hook: all arguments in the memory layout that torch makes by default."""
+    return tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last)
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+register()

@@ -1,0 +1,262 @@
+"""Convolution, batch norm, addition and activation of a graph as one packed convolution."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..nn.conv_bn import ConvBNReLU2d
+from ..nn.packed import PackedConv2d, unsupported
+from .tracing import has_hooks
+
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
+# What these layers and functions do in evaluation mode is nothing.
+NOTHING = (nn.Dropout, nn.Dropout2d, nn.Identity)
+DROPOUTS = (F.dropout, F.dropout2d)
+# Whose results share no memory with their arguments.
+FRESH = (torch.cat, torch.add, operator.add, operator.mul, torch.mul, F.interpolate, torch.conv2d)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+LAYERS = (PackedConv2d, ConvBNReLU2d, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+
+Report = list[tuple[str, str]]  # names of parts, and what was done to each or why not
+
+
+@dataclass
+class Layer:
+    """A convolution that the engine computes, and what of its successors is known so far."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None = None
+    activation: str = "none"
+    slope: float = 0.0
+
+    def pack(self, settings: dict[str, Any]) -> PackedConv2d:
+        """``settings``: keyword arguments of PackedConv2d that are the same in a whole network."""
+        return PackedConv2d(
+            self.conv,
+            self.bn,
+            activation=self.activation,
+            negative_slope=self.slope,
+            **settings,
+        )
+
+
+def as_layer(module: nn.Module | None) -> Layer | None:
+    """The convolution that ``module`` is, if the engine computes it."""
+    if isinstance(module, ConvBNReLU2d):
+        conv, bn = module.conv, module.bn
+        if not unsupported(conv, bn) and not has_hooks(module):
+            return Layer(conv, bn, module.activation, module.negative_slope)
+    elif isinstance(module, nn.Conv2d) and not unsupported(module):
+        return Layer(module)
+    return None
+
+
+def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer does what its class says: one of these classes, without hooks."""
+    return module is not None and type(module) in kinds and not has_hooks(module)
+
+
+def module_of(traced: fx.GraphModule, node: Any) -> nn.Module | None:
+    """The module that a node calls."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return traced.get_submodule(str(node.target))
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, wherever it is given."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+class Fusion:
+    """Rewrites a graph: its convolutions become PackedConv2d where the engine computes them."""
+
+    def __init__(self, traced: fx.GraphModule, settings: dict[str, Any], report: Report) -> None:
+        self.traced = traced
+        self.settings = settings
+        self.report = report
+        self.position: dict[fx.Node, int] = {}
+        self.gone: set[fx.Node] = set()
+
+    def run(self) -> None:
+        graph = self.traced.graph
+        for node in list(graph.nodes):
+            if self.does_nothing(node):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        for node in list(graph.nodes):
+            if node.op != "call_module" or node in self.gone:
+                continue
+            module = self.module(node)
+            layer = as_layer(module)
+            if layer:
+                self.fuse(node, layer)
+            elif left := why_left(module):
+                self.report.append((str(node.target), left))
+
+    def fuse(self, node: fx.Node, layer: Layer) -> None:
+        """One packed convolution in place of ``node`` and what may follow it: batch norm, addition
+        of another result, activation."""
+        chain, args = [node], [*node.args, *node.kwargs.values()]
+        after = only_user(node)
+        bn = self.module(after)
+        if (
+            after is not None
+            and layer.bn is None
+            and layer.activation == "none"
+            and len(args) == 1
+            and isinstance(bn, nn.BatchNorm2d)
+            and not unsupported(layer.conv, bn)
+        ):
+            layer.bn = bn
+            chain.append(after)
+            after = only_user(after)
+        if layer.activation == "none" and len(args) == 1:
+            summand = self.summand(after, chain)
+            if after is not None and summand is not None:
+                args.append(summand)
+                chain.append(after)
+                after = only_user(after)
+        if layer.activation == "none":
+            layer.activation, layer.slope = self.activation(after)
+            if after is not None and layer.activation != "none":
+                chain.append(after)
+        packed = layer.pack(self.settings)
+        name = str(node.target)
+        while sum(other.target == name for other in self.traced.graph.nodes) > 1:
+            name += "_"  # a convolution called several times, each call with its own successors
+        self.traced.add_submodule(name, packed)
+        self.report.append((name, f"convolution engine, {packed.extra_repr()}"))
+        graph = self.traced.graph
+        with graph.inserting_before(chain[-1]):  # where all that it needs is there
+            new = graph.call_module(name, tuple(args))
+        self.position[new] = self.position[chain[-1]]
+        chain[-1].replace_all_uses_with(new)
+        for old in reversed(chain):
+            graph.erase_node(old)
+        self.gone.update(chain)
+
+    def module(self, node: fx.Node | None) -> nn.Module | None:
+        return module_of(self.traced, node)
+
+    def does_nothing(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if module is not None and is_plain(module, *NOTHING):
+            return isinstance(module, nn.Identity) or not module.training
+        return (
+            node.op == "call_function"
+            and node.target in DROPOUTS
+            and argument(node, 2, "training", True) is False
+        )
+
+    def summand(self, node: fx.Node | None, chain: list[fx.Node]) -> fx.Node | None:
+        """The other tensor of an addition to the result of ``chain``, if it may as well be added
+        by the convolution."""
+        if node is None or node.kwargs or len(node.args) != 2:
+            return None
+        if node.target not in (ADDITIONS if node.op == "call_function" else ("add", "add_")):
+            return None
+        others = [arg for arg in node.args if isinstance(arg, fx.Node) and arg is not chain[-1]]
+        if len(others) != 1 or not is_tensor(others[0]):
+            return None
+        other = others[0]
+        in_place = node.target in (operator.iadd, "add_") and node.args[0] is other
+        if in_place and (
+            other.op == "placeholder" or len(other.users) > 1 or self.root(other) is not other
+        ):
+            return None  # somebody else sees the sum
+        # The convolution now runs where the addition was: nothing may change its input meanwhile.
+        watched = {self.root(arg) for arg in chain[0].args if isinstance(arg, fx.Node)}
+        first, last = self.position[chain[0]], self.position[node]
+        for between in self.traced.graph.nodes:
+            meanwhile = first < self.position[between] < last and between not in chain
+            if meanwhile and self.writes(between) and self.root(between.args[0]) in watched:
+                return None
+        return other
+
+    def root(self, node: Any) -> Any:
+        """The node whose memory a result may share, as far as the graph shows."""
+        while isinstance(node, fx.Node):
+            module = self.module(node)
+            if isinstance(module, LAYERS) or node.target in FRESH:
+                break
+            first: Any = node.args[0] if node.args else None
+            while isinstance(first, list | tuple):
+                first = first[0] if first else None
+            if not isinstance(first, fx.Node):
+                break
+            node = first
+        return node
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node may change its first argument."""
+        if node.op == "call_module":
+            return bool(getattr(self.module(node), "inplace", False))
+        if node.op == "call_method":
+            return str(node.target).endswith("_") or node.target == "__setitem__"
+        if node.op != "call_function":
+            return False
+        name = getattr(node.target, "__name__", "")
+        options = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
+        return node.target in IN_PLACE or name.endswith("_") or bool(options)
+
+    def activation(self, node: fx.Node | None) -> tuple[str, float]:
+        """Name and slope of the activation that ``node`` is; "none" if it is something else."""
+        module = self.module(node)
+        if node is None:
+            return "none", 0.0
+        if (
+            is_plain(module, nn.ReLU)
+            or (node.op == "call_function" and node.target in RELUS)
+            or (node.op == "call_method" and node.target in ("relu", "relu_"))
+        ):
+            return "relu", 0.0
+        if isinstance(module, nn.LeakyReLU) and is_plain(module, nn.LeakyReLU):
+            return "leaky_relu", module.negative_slope
+        if node.op == "call_function" and node.target in LEAKY_RELUS:
+            slope = argument(node, 1, "negative_slope", 0.01)
+            return ("leaky_relu", slope) if isinstance(slope, float | int) else ("none", 0.0)
+        return "none", 0.0
+
+
+def why_left(module: nn.Module | None) -> str | None:
+    """Why a layer stays as it is; None for layers that nobody expects to change."""
+    if isinstance(module, nn.Conv2d):
+        return f"left to torch, {unsupported(module)}"
+    if isinstance(module, ConvBNReLU2d):
+        return f"left to torch, {unsupported(module.conv, module.bn) or 'it has hooks'}"
+    if isinstance(module, nn.BatchNorm2d):
+        return "left to torch, not behind a convolution of its own"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"left to torch, {type(module).__name__} is not a Conv2d"
+    return None
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a result is surely a tensor; sizes and what is computed from them are not."""
+    if "example_value" in node.meta:
+        return isinstance(node.meta["example_value"], torch.Tensor)
+    if node.op == "call_module":
+        return True
+    if node.op == "placeholder":  # the input of a layer
+        return any(user.op == "call_module" and user.args[:1] == (node,) for user in node.users)
+    if node.op == "call_method":
+        return node.target not in ("size", "dim", "numel", "item", "tolist")
+    if node.op == "call_function" and node.target is not getattr:
+        if getattr(node.target, "__module__", "") in ("_operator", "operator"):
+            return any(is_tensor(arg) for arg in node.args if isinstance(arg, fx.Node))
+        return True
+    return False

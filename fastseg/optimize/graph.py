@@ -1,0 +1,41 @@
+"""All that happens to one graph, in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..memory_plan import plan_memory
+from . import patterns
+from .fusion import Fusion, Report
+from .lift import lift
+
+
+def optimize_graph(
+    traced: fx.GraphModule, settings: dict[str, Any], values: Mapping[fx.Node, Tensor]
+) -> tuple[Report, list[Tensor]]:
+    """Rewrite a graph for inference.
+
+    Args:
+        traced: the graph and its modules; changed in place.
+        settings: keyword arguments of PackedConv2d that are the same in a whole network.
+        values: nodes whose values are weights.
+
+    Returns:
+        What was done and what was left, and those of the values that are now part of the graph.
+    """
+    report: Report = []
+    held = lift(traced, values)
+    fusion = Fusion(traced, settings, report)
+    patterns.reshape_views(fusion)
+    fusion.run()
+    patterns.pool(traced, report)
+    patterns.spread_single_values(traced, report)
+    patterns.pyramid(traced, settings, report)
+    patterns.resize_and_choose(traced, report)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    plan_memory(traced)
+    return report, held

@@ -1,0 +1,364 @@
+"""Pooling, pyramids and resized scores of a graph in forms of their own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..nn.packed import PackedConv2d
+from ..nn.pooling import MaxPool2d
+from ..nn.pyramid_pooling import PyramidConv2d
+from ..ops import max_unpool2d, to_torch_indices, upsample_argmax, upsample_softmax
+from .fusion import Fusion, Report, argument, is_plain, module_of, only_user
+
+POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+# Layers that map each value of a grid on its own.
+POINTWISE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU)
+
+
+def reshape_views(fusion: Fusion) -> None:
+    """``view`` works on one memory layout, ``reshape`` on any; results here are channels last."""
+    for node in fusion.traced.graph.nodes:
+        if node.op != "call_method" or any(isinstance(arg, torch.dtype) for arg in node.args):
+            continue
+        if node.target in ("view", "view_as") and not any(map(fusion.writes, node.users)):
+            node.target = str(node.target).replace("view", "reshape")
+
+
+def pool(traced: fx.GraphModule, report: Report) -> None:
+    """Max pools keep one byte per maximum; where an unpooling reads it, so does that."""
+    for node in list(traced.graph.nodes):
+        options = _pool_options(traced, node)
+        if options is None or not _poolable(options):
+            continue
+        *_, indices = options
+        if not indices:
+            _call(traced, node, MaxPool2d(*options), (argument(node, 0, "input"),))
+            report.append((node.name, "max pool with compact indices"))
+            continue
+        if any(u.target is not operator.getitem for u in node.users):
+            continue
+        readers = [r for u in node.users if u.args[1] == 1 for r in u.users]
+        if not readers or any(_unpool_options(traced, r) != options[:3] for r in readers):
+            continue
+        x = argument(node, 0, "input")
+        with traced.graph.inserting_before(node):
+            size = traced.graph.call_function(getattr, (x, "shape"))
+        for reader in readers:
+            at = 2 if reader.op == "call_module" else 5
+            args = (
+                argument(reader, 0, "input"),
+                argument(reader, 1, "indices"),
+                size,
+                argument(reader, at, "output_size"),
+            )
+            _call(traced, reader, Unpool(*options[:3]), args)
+        _call(traced, node, MaxPool2d(*options), (x,))
+        report.append((node.name, "max pool with compact indices, read by its unpooling"))
+
+
+def faster_pool(module: nn.Module) -> MaxPool2d | None:
+    """The max pool with compact indices that does what ``module`` does, outside of a graph."""
+    if not is_plain(module, nn.MaxPool2d):
+        return None
+    options = _of_module(module)
+    return MaxPool2d(*options) if _poolable(options) and not module.return_indices else None
+
+
+class Unpool(nn.Module):
+    """``F.max_unpool2d`` for compact indices of an image of size ``pooled``."""
+
+    def __init__(self, kernel_size: Any, stride: Any, padding: Any) -> None:
+        super().__init__()
+        self.options = (kernel_size, stride, padding)
+
+    def forward(self, x: Tensor, indices: Tensor, pooled: Any, output_size: Any = None) -> Tensor:
+        size = output_size
+        if size is None:
+            size = [
+                (n - 1) * s - 2 * p + k
+                for n, k, s, p in zip(x.shape[-2:], *map(_pair, self.options), strict=True)
+            ]
+        if tuple(size[-2:]) == tuple(pooled[-2:]):
+            return max_unpool2d(x, indices, *self.options, output_size=size)
+        indices = to_torch_indices(indices, pooled, *self.options)
+        return F.max_unpool2d(x, indices, *self.options, output_size=output_size)
+
+
+def spread_single_values(traced: fx.GraphModule, report: Report) -> None:
+    """Resizing a map of one pixel, as image pooling does, repeats it."""
+    for node in list(traced.graph.nodes):
+        resized = _resized(node)
+        if resized is None or resized[0] is None or _grid(traced, resized[1]) != 1:
+            continue
+        size, source, _ = resized
+        graph = traced.graph
+        with graph.inserting_before(node):
+            if isinstance(size, fx.Node):
+                size = [graph.call_function(operator.getitem, (size, i)) for i in (0, 1)]
+            h, w = _pair(size)
+            new = graph.call_method("expand", (source, -1, -1, h, w))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        report.append((node.name, "resized from one pixel, repeats it"))
+
+
+def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) -> None:
+    """A convolution of a map and resized grids, concatenated: the grids are convolved as they are,
+    and the results spread over the map (:class:`fastseg.nn.PyramidConv2d`)."""
+    for node in list(traced.graph.nodes):
+        packed = module_of(traced, node)
+        if not isinstance(packed, PackedConv2d) or len(node.args) != 1 or node.kwargs:
+            continue
+        parts = _concatenated(node.args[0])
+        channels = [_channels(traced, part) for part in parts]
+        grids: list[tuple[int, fx.Node, int]] = []  # position, grid, its size
+        corners = set()
+        for i, part in enumerate(parts):
+            resized = _resized(part)
+            if resized and (b := _grid(traced, resized[1])):
+                grids.append((i, resized[1], b))
+                corners.add(resized[2])
+        if not _splits(packed, parts, channels, grids, corners):
+            continue
+        _, C, k, _ = packed.weight.shape
+        unknown = [i for i, c in enumerate(channels) if c is None]
+        if len(unknown) > 1:
+            continue
+        for i in unknown:
+            channels[i] = C - sum(c for c in channels if c)
+        ends = torch.tensor([0, *channels]).cumsum(0).tolist()
+        at = {i for i, *_ in grids}
+        local = [i for i in range(len(parts)) if i not in at]
+
+        def slices(which: list[int]) -> Tensor:
+            return torch.cat([packed.weight[:, ends[i] : ends[i + 1]] for i in which], 1)  # noqa: B023
+
+        conv = nn.Conv2d(1, 1, k, padding=k // 2, device="meta")
+        conv.weight = nn.Parameter(slices(local), requires_grad=False)
+        conv.bias = None if packed.bias is None else nn.Parameter(packed.bias, requires_grad=False)
+        activation = {n: packed.options[n] for n in ("activation", "negative_slope")}
+        spread = PyramidConv2d(
+            slices([i for i, *_ in grids]), [b for *_, b in grids], corners.pop()
+        )
+        graph = traced.graph
+        name = f"{node.target}_grids"
+        traced.add_submodule(name, spread)
+        with graph.inserting_before(node):
+            whole = parts[local[0]]
+            if len(local) > 1:
+                whole = graph.call_function(torch.cat, ([parts[i] for i in local], 1))
+            shape = graph.call_function(getattr, (whole, "shape"))
+            size = graph.call_function(operator.getitem, (shape, slice(-2, None)))
+            residual = graph.call_module(name, ([grid for _, grid, _ in grids], size))
+        node.args = (whole, residual)
+        traced.add_submodule(str(node.target), PackedConv2d(conv, **activation, **settings))
+        report.append((str(node.target), f"{len(grids)} grids convolved at their own size"))
+    traced.graph.eliminate_dead_code()
+
+
+def resize_and_choose(traced: fx.GraphModule, report: Report) -> None:
+    """``interpolate(...).argmax(1)`` and ``.softmax(1)`` in one pass."""
+    for node in list(traced.graph.nodes):
+        resized = _resized(node)
+        after = only_user(node)
+        if resized is None or after is None:
+            continue
+        size, source, align_corners = resized
+        kind, keepdim = _reduction(traced, after)
+        if kind is None:
+            continue
+        scale = argument(node, 2, "scale_factor")
+        function = resized_labels if kind == "argmax" else resized_probabilities
+        args = (source, size, scale, align_corners, *((keepdim,) if kind == "argmax" else ()))
+        with traced.graph.inserting_before(after):
+            new = traced.graph.call_function(function, args)
+        after.replace_all_uses_with(new)
+        traced.graph.erase_node(after)
+        traced.graph.erase_node(node)
+        report.append((after.name, f"resize and {kind} in one pass"))
+
+
+def resized_labels(
+    x: Tensor, size: Any, scale: Any, align_corners: bool, keepdim: bool = False
+) -> Tensor:
+    """``F.interpolate(x, size, scale, "bilinear", align_corners).argmax(1, keepdim)``."""
+    if x.dtype not in (torch.float32, torch.float64) or x.shape[1] > 32768:
+        y = F.interpolate(x, size, scale, "bilinear", align_corners or None)
+        return y.argmax(1, keepdim)
+    labels: Any = upsample_argmax(x, _target(x, size, scale), align_corners)
+    labels = labels.long()
+    return labels[:, None] if keepdim else labels
+
+
+def resized_probabilities(x: Tensor, size: Any, scale: Any, align_corners: bool) -> Tensor:
+    """``F.interpolate(x, size, scale, "bilinear", align_corners).softmax(1)``."""
+    return upsample_softmax(x, _target(x, size, scale), align_corners)
+
+
+def _target(x: Tensor, size: Any, scale: Any) -> tuple[int, int]:
+    if size is not None:
+        return _pair(size)
+    h, w = (int(n * s) for n, s in zip(x.shape[-2:], _pair(scale), strict=True))
+    return h, w
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    first, second = value if isinstance(value, list | tuple | torch.Size) else (value, value)
+    return first, second
+
+
+def _call(traced: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple) -> None:
+    """Call this module in place of a node."""
+    name = str(node.target) if node.op == "call_module" else f"{node.name}_fast"
+    while any(other.target == name and other is not node for other in traced.graph.nodes):
+        name += "_"
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_before(node):
+        new = traced.graph.call_module(name, args)
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+
+
+def _of_module(module: Any) -> tuple:
+    return tuple(getattr(module, name) for name in POOL)
+
+
+def _pool_options(traced: fx.GraphModule, node: fx.Node) -> tuple | None:
+    module = module_of(traced, node)
+    if is_plain(module, nn.MaxPool2d):
+        return _of_module(module)
+    if node.op != "call_function" or node.target not in (F.max_pool2d, F.max_pool2d_with_indices):
+        return None
+    kernel = argument(node, 1, "kernel_size")
+    stride = argument(node, 2, "stride")
+    padding, dilation = argument(node, 3, "padding", 0), argument(node, 4, "dilation", 1)
+    ceil, indices = (
+        argument(node, 5, "ceil_mode", False),
+        argument(node, 6, "return_indices", False),
+    )
+    if node.target is F.max_pool2d_with_indices:
+        indices = True
+    return kernel, kernel if stride in (None, []) else stride, padding, dilation, ceil, indices
+
+
+def _unpool_options(traced: fx.GraphModule, node: fx.Node) -> tuple | None:
+    module = module_of(traced, node)
+    if is_plain(module, nn.MaxUnpool2d):
+        options = tuple(getattr(module, name) for name in POOL[:3])
+    elif node.target is F.max_unpool2d:
+        kernel, stride = argument(node, 2, "kernel_size"), argument(node, 3, "stride")
+        options = (kernel, kernel if stride is None else stride, argument(node, 4, "padding", 0))
+    else:
+        return None
+    return options
+
+
+def _poolable(options: tuple) -> bool:
+    """Whether :class:`fastseg.nn.MaxPool2d` has these options."""
+    kernel, stride, padding, dilation, *_ = options
+    numbers = (*_pair(kernel), *_pair(stride), *_pair(padding), *_pair(dilation))
+    if not all(isinstance(n, int) for n in numbers):
+        return False
+    return numbers[0] * numbers[1] <= 256 and numbers[-2:] == (1, 1)
+
+
+def _resized(node: Any) -> tuple[Any, fx.Node, bool] | None:
+    """Size (None where a whole factor is given), source and align_corners of a bilinear resize."""
+    if not isinstance(node, fx.Node) or node.target is not F.interpolate:
+        return None
+    names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    given = {name: argument(node, i, name) for i, name in enumerate(names)}
+    if given["mode"] != "bilinear" or argument(node, 6, "antialias", False):
+        return None
+    if given["size"] is None:
+        factors = _pair(given["scale_factor"])
+        if not all(isinstance(f, int | float) and f >= 1 and f == int(f) for f in factors):
+            return None
+    return given["size"], given["input"], bool(given["align_corners"])
+
+
+def _reduction(traced: fx.GraphModule, node: fx.Node) -> tuple[str | None, bool]:
+    """ "argmax" or "softmax" if the node is one over the classes, and whether it keeps the axis."""
+    module = module_of(traced, node)
+    if is_plain(module, nn.Softmax):
+        return ("softmax" if module.dim == 1 else None), False  # type: ignore[union-attr]
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function") or name not in ("argmax", "softmax"):
+        return None, False
+    if argument(node, 1, "dim") != 1 or node.kwargs.get("dtype") is not None:
+        return None, False
+    return str(name), name == "argmax" and bool(argument(node, 2, "keepdim", False))
+
+
+def _concatenated(node: Any) -> list[fx.Node]:
+    """The maps that a node concatenates along the channels for one reader; else nothing."""
+    if not isinstance(node, fx.Node) or node.target is not torch.cat or len(node.users) != 1:
+        return []
+    parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    if dim != 1 or not isinstance(parts, list | tuple):
+        return []
+    return list(parts) if all(isinstance(part, fx.Node) for part in parts) else []
+
+
+def _splits(
+    packed: PackedConv2d,
+    parts: list[fx.Node],
+    channels: list[int | None],
+    grids: list[tuple[int, fx.Node, int]],
+    corners: set[bool],
+) -> bool:
+    """Whether a convolution of these parts can take the grids as they are, and gains by it."""
+    k = packed.weight.shape[2]
+    same = {"stride": (1, 1), "padding": (k // 2, k // 2), "dilation": (1, 1)}
+    if k % 2 == 0 or packed.weight.shape[3] != k or not 0 < len(grids) < len(parts):
+        return False
+    if any(tuple(packed.options[name]) != value for name, value in same.items()):
+        return False
+    widths = {channels[i] for i, *_ in grids}
+    if len(corners) != 1 or len(widths) != 1 or None in widths:
+        return False
+    cells = sum(b * b for *_, b in grids)
+    return any(b > 1 for *_, b in grids) and 4 * cells < len(grids) * (widths.pop() or 0)
+
+
+def _grid(traced: fx.GraphModule, node: Any) -> int | None:
+    """Side of a map whose size does not depend on the image, as adaptive pooling makes it."""
+    if not isinstance(node, fx.Node):
+        return None
+    module = module_of(traced, node)
+    if is_plain(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d:
+        size: Any = module.output_size if module else argument(node, 1, "output_size")
+        h, w = _pair(size)
+        return h if isinstance(h, int) and h == w else None
+    if node.target in (torch.mean, "mean") and argument(node, 2, "keepdim", False):
+        axes = argument(node, 1, "dim")
+        return (
+            1 if isinstance(axes, list | tuple) and sorted(a % 4 for a in axes) == [2, 3] else None
+        )
+    if isinstance(module, PackedConv2d):
+        keeps = len(node.args) == 1 and tuple(module.weight.shape[2:]) == (1, 1)
+        keeps = keeps and all(
+            tuple(module.options[name]) == value
+            for name, value in (("stride", (1, 1)), ("padding", (0, 0)))
+        )
+    else:
+        keeps = is_plain(module, *POINTWISE) or node.target in (F.relu, torch.relu, "relu", "relu_")
+    return _grid(traced, node.args[0]) if keeps else None
+
+
+def _channels(traced: fx.GraphModule, node: Any) -> int | None:
+    """Channels of a map, where a convolution on the way to it tells."""
+    while isinstance(node, fx.Node):
+        module = module_of(traced, node)
+        if isinstance(module, PackedConv2d):
+            return module.weight.shape[0]
+        resized = _resized(node)
+        if resized is None and not is_plain(module, *POINTWISE):
+            return None
+        node = resized[1] if resized else node.args[0]
+    return None

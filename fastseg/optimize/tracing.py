@@ -1,0 +1,223 @@
+"""From modules to graphs, where that changes nothing that the module does.
+
+``torch.fx`` runs a ``forward`` once on stand-ins for tensors. What that run does not show it would
+lose in silence: hooks, attributes that ``forward`` sets, a look at the type of an argument. Such a
+module keeps its own ``forward``, and so does one that looks at values; the reason is kept too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn.conv_bn import ConvBNReLU2d
+
+# What tells one memory layout of the same tensor from another.
+STRIDES = frozenset(
+    ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage")
+)
+_LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
+
+
+class Untraceable(Exception):
+    """A module does what a graph cannot do; the text says what."""
+
+
+class _Proxy(fx.Proxy):
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What ``isinstance(x, Tensor)`` asks; a network's own question has no answer here."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame and frame.f_globals.get("__name__") in ("abc", "typing"):
+            frame = frame.f_back
+        if frame and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+            return _Proxy
+        raise Untraceable("its forward looks at the type of a tensor")
+
+
+class Tracer(fx.Tracer):
+    """Looks into blocks and networks; not into torch's layers, the leaves of fastseg.nn, what has
+    hooks, and ``opaque`` modules, which do not trace.
+
+    Attributes:
+        culprit: the innermost module whose ``forward`` raised.
+    """
+
+    def __init__(self, opaque: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.thread = threading.get_ident()
+        self.culprit: nn.Module | None = None
+        self.proxy_buffer_attributes = True
+        self.autocast = torch.is_autocast_enabled("cpu")
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, ConvBNReLU2d) or m in self.opaque:
+            return True
+        if reason := _objection(m):
+            self.opaque[m] = reason
+            return True
+        if type(m).__module__.startswith("fastseg.nn."):
+            return not any(m.children())
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or m
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind == "call_method" and target in STRIDES and target not in ("view", "view_as"):
+            raise Untraceable(f"its forward looks at the memory layout ({target})")
+        if torch.is_autocast_enabled("cpu") != self.autocast:
+            raise Untraceable("its forward uses autocast")
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), dict) and type(a) is not dict:
+            if type(a) is not OrderedDict:
+                raise Untraceable(f"its forward makes a {type(a).__name__}")
+            items = tuple(a.items())
+            return self.create_proxy("call_function", OrderedDict, (items,), {}).node
+        return super().create_arg(a)
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        """Placeholders for the arguments that have no default; the others keep theirs."""
+        names = required_arguments(self.root)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
+
+
+def trace(module: nn.Module) -> tuple[fx.GraphModule | None, dict[nn.Module, str]]:
+    """The graph of a module, with parts that do not trace as its nodes, and why each does not.
+
+    None is the graph of a module that itself does not trace; then the reasons are of it alone.
+    """
+    opaque: dict[nn.Module, str] = {}
+    if reason := _objection(module):
+        return None, {module: reason}
+    with _LOCK:
+        while True:
+            tracer = Tracer(opaque)
+            try:
+                required_arguments(module)
+                with _attributes_stay(tracer.thread):
+                    graph = tracer.trace(module)
+                return fx.GraphModule(module, graph, type(module).__name__), opaque
+            except Exception as error:
+                culprit, reason = tracer.culprit, _reason(error)
+            if culprit is None or culprit is module or culprit in opaque:
+                return None, {module: reason}
+            opaque[culprit] = reason
+
+
+def required_arguments(module: nn.Module) -> list[str]:
+    """Names of the arguments of ``forward`` that have no default."""
+    names = []
+    for p in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise Untraceable("its forward takes any number of arguments")
+        if p.default is p.empty:
+            if p.kind is p.KEYWORD_ONLY:
+                raise Untraceable("its forward has a keyword without a default")
+            names.append(p.name)
+    return names
+
+
+def has_options(module: nn.Module) -> bool:
+    """Whether ``forward`` has arguments that may be left out."""
+    return len(inspect.signature(type(module).forward).parameters) > 1 + len(
+        required_arguments(module)
+    )
+
+
+def reads_strides(module: nn.Module) -> bool:
+    """Whether ``forward``, or what it calls of its own class and file, may look at the memory
+    layout of tensors: whether it names a function that does."""
+    seen: set[CodeType] = set()
+    pending = [type(module).forward]
+    while pending:
+        function = inspect.unwrap(pending.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = set(_names(code))
+        if names & STRIDES:
+            return True
+        for name in names:
+            for called in (getattr(type(module), name, None), function.__globals__.get(name)):
+                if inspect.isfunction(called) and not called.__module__.startswith("torch."):
+                    pending.append(called)
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _objection(module: nn.Module) -> str | None:
+    """Why not even to try."""
+    if has_hooks(module):
+        return "it has hooks"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Untraceable):
+        return str(error)
+    if isinstance(error, fx.proxy.TraceError):
+        return "its forward looks at values or sizes"
+    return f"torch.fx does not trace it ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
+@contextmanager
+def _attributes_stay(thread: int) -> Iterator[None]:
+    """Raise where a ``forward`` of this thread sets an attribute of a module."""
+    original = nn.Module.__setattr__
+
+    def refuse(self: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+        if threading.get_ident() == thread and not name.startswith("_tensor_constant"):
+            raise Untraceable(f"its forward sets {name}")
+        original(self, name, value)
+
+    nn.Module.__setattr__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
