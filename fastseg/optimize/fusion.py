@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
@@ -104,7 +105,7 @@ class Fusion:
             layer = as_layer(module)
             if layer:
                 self.fuse(node, layer)
-            elif left := why_left(module):
+            elif not self.fold(node) and (left := why_left(module)):
                 self.report.append((str(node.target), left))
 
     def fuse(self, node: fx.Node, layer: Layer) -> None:
@@ -148,6 +149,26 @@ class Fusion:
         for old in reversed(chain):
             graph.erase_node(old)
         self.gone.update(chain)
+
+    def fold(self, node: fx.Node) -> bool:
+        """The batch norm into a convolution that is left to torch."""
+        after = only_user(node)
+        conv: Any = self.module(node)
+        bn: Any = self.module(after)
+        plain = is_plain(conv, nn.Conv2d, nn.ConvTranspose2d) and is_plain(bn, nn.BatchNorm2d)
+        if not plain or after is None or bn.running_mean is None or conv.training or bn.training:
+            return False
+        if isinstance(conv, nn.ConvTranspose2d) and conv.groups > 1:
+            return False  # fuse_conv_bn_eval does not know its weights
+        if sum(other.target == node.target for other in self.traced.graph.nodes) > 1:
+            return False
+        folded = fuse_conv_bn_eval(conv, bn, transpose=isinstance(conv, nn.ConvTranspose2d))
+        self.traced.add_submodule(str(node.target), folded)
+        self.report.append((str(node.target), f"{why_left(conv)}, with its batch norm folded in"))
+        after.replace_all_uses_with(node)
+        self.traced.graph.erase_node(after)
+        self.gone.add(after)
+        return True
 
     def module(self, node: fx.Node | None) -> nn.Module | None:
         return module_of(self.traced, node)
