@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -26,34 +25,30 @@
 namespace fastseg {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;  // logits are kept in base 2
+
 // One pairwise term of one image.
 template <typename T>
 struct Term {
   Lattice<T> lattice;
-  std::vector<T> diagonal, matrix;  // coefficients of the message with the slice's gain folded in
-  Workspace<T> values, next;  // vertices that are sliced, and those that are splatted meanwhile
-  Workspace<T> extra;         // further partial sums of `next`
+  std::vector<T> coefficient;  // of the sliced channels in the logits
+  std::vector<T> matrix;       // of the vertices' channels, or empty
+  Workspace<T> values, next;   // vertices that are sliced, and those that are splatted meanwhile
 
-  Term(const void* buffer, const T* coefficients, bool full, int64_t labels, int width)
+  Term(const void* buffer, int width)
       : lattice(buffer),
-        values(lattice.header->vertices * width),
-        next(lattice.header->vertices * width),
-        extra(lattice.extra_rows() * width) {
-    const T gain = static_cast<T>(lattice_gain(static_cast<int>(lattice.d())));
-    if (full) {
-      matrix.assign(static_cast<size_t>(width) * static_cast<size_t>(width), T(0));
-      for (int64_t m = 0; m < labels; ++m) {
-        for (int64_t l = 0; l < labels; ++l) {
-          matrix[static_cast<size_t>(m * width + l)] = gain * coefficients[l * labels + m];
-        }
-      }
-    } else {
-      diagonal.assign(static_cast<size_t>(width), T(0));
-      for (int64_t l = 0; l < labels; ++l) {
-        diagonal[static_cast<size_t>(l)] = gain * coefficients[l];
-      }
-    }
-  }
+        coefficient(static_cast<size_t>(width)),
+        values(lattice.rows() * width),
+        next(lattice.rows() * width) {}
+};
+
+// The label compatibility of a term: (L) factors, or a symmetric (L, L) matrix.
+template <typename T>
+struct Compatibility {
+  const T* data;
+  bool full;
+  int64_t labels;
+  T at(int64_t l, int64_t m) const { return full ? data[l * labels + m] : l == m ? data[l] : T(0); }
 };
 
 template <typename T>
@@ -63,92 +58,204 @@ struct Problem {
   const T* start;  // beliefs to start from, or null
   bool point_major;
   T* out;
+  Tiling tiling;
+  std::vector<const void*> lattices;  // one per term
+  std::vector<Compatibility<T>> compatibilities;
 };
 
+// Beliefs as rows of all labels.
 template <typename T>
-bool mean_field_image(const Problem<T>& problem, const std::vector<std::unique_ptr<Term<T>>>& terms,
-                      const Tiling& tiling) {
+class LabelRows {
+ public:
+  explicit LabelRows(const Problem<T>& problem)
+      : width(row_width(problem.labels)), problem_(problem) {
+    for (size_t k = 0; k < problem.lattices.size(); ++k) {
+      terms.emplace_back(problem.lattices[k], width);
+      Term<T>& term = terms.back();
+      const Compatibility<T>& c = problem.compatibilities[k];
+      const T gain = static_cast<T>(kLog2E * lattice_gain(static_cast<int>(term.lattice.d())));
+      if (c.full) term.matrix.resize(static_cast<size_t>(width) * static_cast<size_t>(width));
+      for (int64_t l = 0; l < c.labels; ++l) {
+        term.coefficient[static_cast<size_t>(l)] = c.full ? gain : gain * c.data[l];
+        for (int64_t m = 0; c.full && m < c.labels; ++m) {
+          term.matrix[static_cast<size_t>(m * width + l)] = c.at(l, m);
+        }
+      }
+    }
+  }
+
+  // Fills the constant part of a tile's logits, and rows[p] * factor[p], its first beliefs. False
+  // if the unary energies are not valid.
+  bool load(int64_t tile, int points, T* constant, T* rows, T* factor) const {
+    const auto& kernels = lattice_kernels<T>();
+    load_tile(problem_.tiling, tile, problem_.unary, problem_.points, problem_.labels, width,
+              constant, static_cast<T>(-kLog2E), -std::numeric_limits<T>::infinity());
+    const bool valid = kernels.shift_logits(constant, points, width);
+    if (problem_.start == nullptr) {
+      std::copy_n(constant, points * width, rows);
+      kernels.softmax_tile(rows, points, width, false, factor);
+    } else {
+      load_tile(problem_.tiling, tile, problem_.start, problem_.points, problem_.labels, width,
+                rows);
+      std::fill_n(factor, points, T(1));
+    }
+    return valid;
+  }
+  // Beliefs from logits, which `make_logits` puts into `rows`.
+  template <typename MakeLogits>
+  void update(int points, MakeLogits&& make_logits, T* rows, T* factor) const {
+    const auto& kernels = lattice_kernels<T>();
+    make_logits();
+    if (kernels.softmax_tile(rows, points, width, false, factor)) return;
+    make_logits();
+    kernels.softmax_tile(rows, points, width, true, factor);
+  }
+  void store(int64_t tile, int points, T* rows, const T* factor) const {
+    lattice_kernels<T>().scale_rows(rows, points, width, factor);
+    if (!problem_.point_major) {
+      store_tile(problem_.tiling, tile, rows, width, problem_.labels, problem_.points,
+                 problem_.out);
+      return;
+    }
+    problem_.tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
+      for (int64_t i = 0; i < length; ++i) {
+        std::copy_n(rows + (position + i) * width, problem_.labels,
+                    problem_.out + (begin + i) * problem_.labels);
+      }
+    });
+  }
+
+  const int width;
+  std::vector<Term<T>> terms;
+
+ private:
+  const Problem<T>& problem_;
+};
+
+// Two labels: beliefs sum to 1, hence K q_0 = K 1 - K q_1. One channel is filtered, the belief in
+// label 1, and the logit is a difference whose constant part holds the K 1 of all terms.
+template <typename T>
+class TwoLabels {
+ public:
+  explicit TwoLabels(const Problem<T>& problem) : problem_(problem), messages_(problem.points) {
+    std::fill_n(messages_.data(), problem.points, T(0));
+    Workspace<T> row_sum(problem.points);
+    for (size_t k = 0; k < problem.lattices.size(); ++k) {
+      terms.emplace_back(problem.lattices[k], width);
+      Term<T>& term = terms.back();
+      const Compatibility<T>& c = problem.compatibilities[k];
+      const T of_ones = static_cast<T>(kLog2E) * (c.at(1, 0) - c.at(0, 0));
+      const T of_belief = static_cast<T>(kLog2E) * (c.at(1, 1) - c.at(0, 1)) - of_ones;
+      term.coefficient[0] =
+          static_cast<T>(lattice_gain(static_cast<int>(term.lattice.d()))) * of_belief;
+      filter_ones(term.lattice, row_sum.data());
+      for (int64_t i = 0; i < problem.points; ++i) messages_[i] += of_ones * row_sum[i];
+    }
+  }
+
+  bool load(int64_t tile, int points, T* constant, T* rows, T* factor) const {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    int bad = 0;
+    problem_.tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
+      const T *u0 = problem_.unary + begin, *u1 = u0 + problem_.points;
+      for (int64_t i = 0; i < length; ++i) {
+        bad |=
+            !(u0[i] > -kInfinity) | !(u1[i] > -kInfinity) | !(std::min(u0[i], u1[i]) < kInfinity);
+        constant[position + i] = static_cast<T>(kLog2E) * (u0[i] - u1[i]);
+      }
+    });
+    lattice_kernels<T>().logistic(constant, points, rows, factor);
+    const T* messages = messages_.data() + problem_.tiling.first_point(tile);
+    for (int p = 0; p < points; ++p) constant[p] += messages[p];
+    return bad == 0;
+  }
+  // The belief in label 1 goes to `rows`, that in label 0 to `factor`.
+  template <typename MakeLogits>
+  void update(int points, MakeLogits&& make_logits, T* rows, T* factor) const {
+    make_logits();
+    lattice_kernels<T>().logistic(rows, points, rows, factor);
+  }
+  void store(int64_t tile, int, const T* rows, const T* factor) const {
+    const int64_t along = problem_.point_major ? 2 : 1,
+                  plane = problem_.point_major ? 1 : problem_.points;
+    problem_.tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
+      T* out = problem_.out + begin * along;
+      for (int64_t i = 0; i < length; ++i) {
+        out[i * along] = factor[position + i];
+        out[i * along + plane] = rows[position + i];
+      }
+    });
+  }
+
+  static constexpr int width = 1;
+  std::vector<Term<T>> terms;
+
+ private:
+  const Problem<T>& problem_;
+  Workspace<T> messages_;
+};
+
+// Runs the updates of one image; `Form` is LabelRows or TwoLabels. False if the unary energies are
+// not valid.
+template <typename T, typename Form>
+bool mean_field(const Problem<T>& problem, Form form) {
   const auto& kernels = lattice_kernels<T>();
-  const int width = row_width(problem.labels), stride = tile_stride(width);
-  const int64_t tiles = tiling.count();
-  int64_t most = 0;
-  for (const auto& term : terms) most = std::max(most, largest_tile(term->lattice));
-  Workspace<T> energies(problem.points * width);
+  const Tiling& tiling = problem.tiling;
+  const Chunking chunks(tiling);
+  const int width = form.width;
+  Workspace<T> constants(problem.points * width);
   std::atomic<bool> valid{true};
   for (int64_t step = 0; step <= problem.iterations; ++step) {
-    constexpr int64_t kTiles = 16;  // per task
-    parallel_tasks((tiles + kTiles - 1) / kTiles, [&](int64_t task) {
-      const int64_t begin = task * kTiles, end = std::min(tiles, begin + kTiles);
+    const bool last = step == problem.iterations;
+    parallel_tasks(chunks.count, [&](int64_t chunk) {
       const FlushDenormals flush;
-      Workspace<T> rows_space(kTilePoints * stride), local_space(most * stride);
-      T inverse[kTilePoints];
+      Workspace<T> rows_space(kTilePoints * width);
+      T factor[kTilePoints];
       T* rows = rows_space.data();
-      T* local = local_space.data();
-      for (int64_t t = begin; t < end; ++t) {
+      if (!last) {
+        for (const Term<T>& term : form.terms) {
+          term.lattice.clear_rows(chunk, width, term.next.data());
+        }
+      }
+      for (int64_t t = chunks.first_tile(chunk); t < chunks.first_tile(chunk + 1); ++t) {
         const int64_t first = tiling.first_point(t);
         const auto points = static_cast<int>(tiling.points(t));
-        T* energy = energies.data() + first * width;
+        T* constant = constants.data() + first * width;
         if (step == 0) {
-          load_tile(tiling, t, problem.unary, problem.points, problem.labels, width, width, energy,
-                    T(-1), -std::numeric_limits<T>::infinity());
-          if (!kernels.shift_logits(energy, points, width)) valid = false;
-        }
-        if (step == 0 && problem.start != nullptr) {
-          load_tile(tiling, t, problem.start, problem.points, problem.labels, width, stride, rows);
-          std::fill_n(inverse, points, T(1));
+          if (!form.load(t, points, constant, rows, factor)) valid = false;
         } else {
-          const T* from = energy;
-          int from_stride = width;
-          if (step == 0 || terms.empty()) {
-            for (int i = 0; i < points; ++i) {
-              std::copy_n(energy + i * width, width, rows + i * stride);
-            }
-            kernels.softmax_tile(rows, points, width, stride, true, inverse);
-          } else {
-            T bound = 0;  // of the messages, and so of the logits, whose largest energy is 0
-            for (const auto& term : terms) {
-              const TileView<T> tile(term->lattice, t, first, points);
-              bound +=
-                  term->lattice.header->largest_weight *
-                  kernels.gather_rows(term->values.data(), width, stride, tile.pair_vertex,
-                                      tile.pairs, term->diagonal.data(),
-                                      term->matrix.empty() ? nullptr : term->matrix.data(), local);
-              kernels.slice_tile(tile, local, width, stride, from, from_stride, rows);
+          const auto make_logits = [&] {
+            const T* from = constant;
+            for (const Term<T>& term : form.terms) {
+              kernels.slice_tile(TileView<T>(term.lattice, t, first, points), term.values.data(),
+                                 width, term.coefficient.data(), from, rows);
               from = rows;
-              from_stride = stride;
             }
-            kernels.softmax_tile(rows, points, width, stride, bound <= 80, inverse);
-          }
+            if (form.terms.empty()) std::copy_n(constant, points * width, rows);
+          };
+          form.update(points, make_logits, rows, factor);
         }
-        if (step < problem.iterations) {
-          for (const auto& term : terms) {
-            const TileView<T> tile(term->lattice, t, first, points);
-            kernels.splat_tile(tile, rows, inverse, width, stride, local);
-            kernels.scatter_rows(local, width, stride, tile.pair_row, tile.pairs,
-                                 term->lattice.header->vertices, term->next.data(),
-                                 term->extra.data());
-          }
+        if (last) {
+          form.store(t, points, rows, factor);
           continue;
         }
-        kernels.scale_rows(rows, points, width, stride, inverse);
-        if (problem.point_major) {
-          tiling.for_each_run(t, [&](int64_t run, int64_t length, int64_t position) {
-            for (int64_t i = 0; i < length; ++i) {
-              std::copy_n(rows + (position + i) * stride, problem.labels,
-                          problem.out + (run + i) * problem.labels);
-            }
-          });
-        } else {
-          store_tile(tiling, t, rows, stride, problem.labels, problem.points, problem.out);
+        for (const Term<T>& term : form.terms) {
+          kernels.splat_tile(TileView<T>(term.lattice, t, first, points), rows,
+                             width == 1 ? nullptr : factor, width, term.next.data());
         }
       }
     });
     if (!valid) return false;
-    if (step < problem.iterations) {
-      for (const auto& term : terms) {
-        std::swap(term->values, term->next);
-        merge_and_blur(term->lattice, false, width, term->extra.data(), term->values.data());
-      }
+    if (last) break;
+    for (Term<T>& term : form.terms) {
+      std::swap(term.values, term.next);
+      T* values = term.values.data();
+      merge_and_blur(term.lattice, false, width, values);
+      if (term.matrix.empty()) continue;
+      torch::stable::parallel_for(
+          0, term.lattice.header->vertices, 256, [&](int64_t begin, int64_t end) {
+            kernels.transform_rows(term.matrix.data(), begin, end, width, values);
+          });
     }
   }
   return true;
@@ -198,24 +305,29 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
     }
     std::atomic<bool> all_valid{true};
     for_each_image(batch, [&](int64_t b) {
-      std::vector<std::unique_ptr<Term<T>>> terms;
+      const int64_t offset = b * labels * points;
+      Problem<T> problem{labels,
+                         points,
+                         iterations,
+                         unary.const_data_ptr<T>() + offset,
+                         start ? start->template const_data_ptr<T>() + offset : nullptr,
+                         point_major,
+                         out.mutable_data_ptr<T>() + offset,
+                         Tiling(height, width),
+                         {},
+                         {}};
       size_t first = 0;
       for (size_t k = 0; k < lattice_counts.size(); ++k) {
         const size_t at = first + (lattice_counts[k] == 1 ? 0 : static_cast<size_t>(b));
-        terms.push_back(std::make_unique<Term<T>>(
-            lattices[at].const_data_ptr(), coefficients[k].template const_data_ptr<T>(),
-            coefficients[k].dim() == 2, labels, row_width(labels)));
+        problem.lattices.push_back(lattices[at].const_data_ptr());
+        problem.compatibilities.push_back(
+            {coefficients[k].template const_data_ptr<T>(), coefficients[k].dim() == 2, labels});
         first += static_cast<size_t>(lattice_counts[k]);
       }
-      const int64_t offset = b * labels * points;
-      const Problem<T> problem{labels,
-                               points,
-                               iterations,
-                               unary.const_data_ptr<T>() + offset,
-                               start ? start->template const_data_ptr<T>() + offset : nullptr,
-                               point_major,
-                               out.mutable_data_ptr<T>() + offset};
-      if (!mean_field_image(problem, terms, Tiling(height, width))) all_valid = false;
+      // Beliefs that are given need not sum to 1.
+      const bool image_valid = labels == 2 && !start ? mean_field(problem, TwoLabels<T>(problem))
+                                                     : mean_field(problem, LabelRows<T>(problem));
+      if (!image_valid) all_valid = false;
     });
     valid = all_valid;
   });

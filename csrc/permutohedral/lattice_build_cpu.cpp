@@ -1,4 +1,5 @@
-// Builds the lattice: simplices of all points tile by tile, one vertex table, blur chains.
+// Builds the lattice. Chunk by chunk, the simplices of all points and the vertices of those; then
+// one number per vertex, blur chains, and the normalisation.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/parallel.h"
 #include "common/workspace.h"
 #include "permutohedral/filter.h"
 #include "permutohedral/lattice_kernels.h"
@@ -16,9 +18,6 @@
 
 namespace fastseg {
 namespace {
-
-using torch::stable::parallel_for;
-using WideKey = unsigned __int128;
 
 template <typename Key>
 inline uint64_t hash_key(Key key) {
@@ -28,25 +27,32 @@ inline uint64_t hash_key(Key key) {
   return x ^ (x >> 32);
 }
 
-// Open addressing with linear probing; the capacity is fixed and at least 4/3 of the entries.
+// Numbers keys in the order of insertion. Open addressing with linear probing, at most half full.
 template <typename Key>
 class KeyTable {
  public:
-  explicit KeyTable(int64_t entries) : mask_(1) {
-    while (mask_ < static_cast<uint64_t>(entries + entries / 3 + 1)) mask_ *= 2;
-    slots_.resize(mask_, {Key(), -1});
-    --mask_;
+  explicit KeyTable(int64_t entries) {
+    int64_t capacity = 64;
+    while (capacity < 2 * entries) capacity *= 2;
+    resize(capacity);
   }
-  // The id of `key`; -1 if it is not there.
+  const std::vector<Key>& keys() const { return keys_; }
+  void prefetch(Key key) const { __builtin_prefetch(&slots_[hash_key(key) & mask_]); }
+  // The number of `key`; -1 if it is not there.
   int32_t find(Key key) const {
     for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
       if (slots_[at].id < 0 || slots_[at].key == key) return slots_[at].id;
     }
   }
-  // The id of `key`, which becomes `id` if it was not there.
-  int32_t insert(Key key, int32_t id) {
+  int32_t insert(Key key) {
     for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
-      if (slots_[at].id < 0) slots_[at] = {key, id};
+      if (slots_[at].id < 0) {
+        const auto id = static_cast<int32_t>(keys_.size());
+        slots_[at] = {key, id};
+        keys_.push_back(key);
+        if (keys_.size() > slots_.size() / 2) resize(2 * static_cast<int64_t>(slots_.size()));
+        return id;
+      }
       if (slots_[at].key == key) return slots_[at].id;
     }
   }
@@ -56,54 +62,47 @@ class KeyTable {
     Key key;
     int32_t id;
   };
-  uint64_t mask_;
+
+  void resize(int64_t capacity) {
+    slots_.assign(static_cast<size_t>(capacity), {Key(), -1});
+    mask_ = static_cast<uint64_t>(capacity) - 1;
+    for (size_t id = 0; id < keys_.size(); ++id) {
+      uint64_t at = hash_key(keys_[id]) & mask_;
+      while (slots_[at].id >= 0) at = (at + 1) & mask_;
+      slots_[at] = {keys_[id], static_cast<int32_t>(id)};
+    }
+  }
+
+  uint64_t mask_ = 0;
   std::vector<Slot> slots_;
+  std::vector<Key> keys_;
 };
 
-// A small table for one tile, emptied by an epoch count.
+// Numbers the simplices of one tile; emptied by an epoch count.
 template <typename Key>
-class TileTable {
+class SimplexTable {
  public:
-  explicit TileTable(int entries) : mask_(1) {
-    while (mask_ < 2u * static_cast<uint32_t>(entries)) mask_ *= 2;
-    slots_.resize(mask_, {Key(), 0, 0});
-    --mask_;
-  }
+  SimplexTable() : slots_(2 * kTilePoints, {Key(), 0, 0, 0}) {}
   void clear() { ++epoch_; }
-  // The id of `key`, which becomes `id` if it was not there.
-  uint16_t insert(Key key, uint64_t hash, uint16_t id) {
-    for (uint32_t at = static_cast<uint32_t>(hash) & mask_;; at = (at + 1) & mask_) {
+  // The number of the simplex, which becomes `id` if it was not there.
+  uint16_t insert(Key vertex, uint64_t order, uint16_t id) {
+    const uint64_t hash = hash_key(vertex) + (order * 0xd1342543de82ef95u >> 40);
+    for (size_t at = hash % (2 * kTilePoints);; at = (at + 1) % (2 * kTilePoints)) {
       Slot& slot = slots_[at];
-      if (slot.epoch != epoch_) slot = {key, epoch_, id};
-      if (slot.key == key) return slot.id;
+      if (slot.epoch != epoch_) slot = {vertex, order, epoch_, id};
+      if (slot.vertex == vertex && slot.order == order) return slot.id;
     }
   }
 
  private:
   struct Slot {
-    Key key;
+    Key vertex;
+    uint64_t order;
     uint32_t epoch;
     uint16_t id;
   };
-  uint32_t mask_, epoch_ = 0;
+  uint32_t epoch_ = 0;
   std::vector<Slot> slots_;
-};
-
-template <typename Key>
-struct SimplexKey {
-  Key vertex;
-  uint64_t order;
-  bool operator==(const SimplexKey& other) const {
-    return vertex == other.vertex && order == other.order;
-  }
-};
-
-// What the tiles of one task found; tasks are joined in order.
-template <typename Key>
-struct TaskOutput {
-  std::vector<Key> keys;                 // of the vertices of each tile, tile by tile
-  std::vector<uint16_t> simplex_vertex;  // see Lattice
-  std::vector<int32_t> tile_keys, tile_simplices;
 };
 
 template <typename Key, typename T>
@@ -113,13 +112,17 @@ class Builder {
       : features_(features),
         d_(static_cast<int>(d)),
         tiling_(height, width),
+        chunks_(tiling_),
         points_(height * width),
         fields_(fields),
+        found_(static_cast<size_t>(chunks_.count)),
+        tile_simplices_(static_cast<size_t>(tiling_.count())),
+        simplex_vertex_(points_ * (d + 1)),
         point_simplex_(points_),
         weight_(points_ * (d + 1)) {}
 
   void build(Normalization normalization, const std::function<void*(int64_t)>& allocate) {
-    locate_tiles();
+    locate_points();
     number_vertices();
     link_neighbours();
     write(normalization, allocate);
@@ -128,172 +131,199 @@ class Builder {
  private:
   static constexpr int kStride = kTilePoints;
 
-  void locate_tiles() {
-    const int64_t tiles = tiling_.count();
-    tasks_.resize(static_cast<size_t>(std::min<int64_t>(tiles, 64)));
-    const int64_t count = static_cast<int64_t>(tasks_.size());
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      TileScratch scratch(d_);
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t t = i * tiles / count; t < (i + 1) * tiles / count; ++t) {
-          locate_tile(t, scratch, &tasks_[static_cast<size_t>(i)]);
-        }
-      }
-    });
-  }
+  // The points of a chunk. Its vertices have numbers of their own at first.
+  struct Chunk {
+    std::unique_ptr<KeyTable<Key>> vertices;
+    std::vector<int32_t> id, row;  // of its vertices, in the whole lattice
+    int64_t simplices = 0;
+  };
 
   struct TileScratch {
     explicit TileScratch(int d)
         : features(kStride * d),
           weight(kStride * (d + 1)),
+          weight_rows(kStride * (d + 1) + 16),
           cell(kStride * (d + 1)),
           rank(kStride * (d + 1)),
-          vertex_keys(kStride),
-          orders(kStride),
-          simplices(kStride),
-          vertices(kStride * (d + 1)) {
+          key(kStride),
+          order(kStride) {
       lattice_scale(d, scale);
     }
     T scale[kMaxFeatures];
-    std::vector<T> features, weight;
-    std::vector<int32_t> cell, rank;
-    std::vector<Key> vertex_keys;
-    std::vector<uint64_t> orders;
-    TileTable<SimplexKey<Key>> simplices;
-    TileTable<Key> vertices;
+    Workspace<T> features, weight, weight_rows;
+    Workspace<int32_t> cell, rank;
+    Workspace<Key> key;
+    Workspace<uint64_t> order;
+    SimplexTable<Key> simplices;
   };
 
-  void locate_tile(int64_t tile, TileScratch& s, TaskOutput<Key>* out) {
+  int64_t first_point(int64_t chunk) const {
+    return tiling_.first_point(chunks_.first_tile(chunk));
+  }
+
+  void locate_points() {
+    parallel_tasks(chunks_.count, [&](int64_t c) {
+      TileScratch scratch(d_);
+      Chunk& chunk = found_[static_cast<size_t>(c)];
+      chunk.vertices.reset(new KeyTable<Key>((first_point(c + 1) - first_point(c)) / 4));
+      int32_t* simplex_vertex = simplex_vertex_.data() + first_point(c) * (d_ + 1);
+      for (int64_t t = chunks_.first_tile(c); t < chunks_.first_tile(c + 1); ++t) {
+        const int count = locate_tile(t, scratch, simplex_vertex, chunk.vertices.get());
+        tile_simplices_[static_cast<size_t>(t)] = count;
+        chunk.simplices += count;
+        simplex_vertex += count * (d_ + 1);
+      }
+    });
+  }
+
+  // Appends the vertices of the tile's simplices to `simplex_vertex`; returns the number of these.
+  int locate_tile(int64_t tile, TileScratch& s, int32_t* simplex_vertex, KeyTable<Key>* vertices) {
+    const auto& kernels = lattice_kernels<T>();
     const int d1 = d_ + 1;
     const int64_t first = tiling_.first_point(tile);
     const int n = static_cast<int>(tiling_.points(tile));
     const int padded = (n + 15) / 16 * 16;
     for (int k = 0; k < d_; ++k) {
-      T* row = &s.features[static_cast<size_t>(k * kStride)];
+      T* row = s.features.data() + k * kStride;
       tiling_.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
-        std::memcpy(row + position, features_ + k * points_ + begin,
-                    static_cast<size_t>(length) * sizeof(T));
+        std::copy_n(features_ + k * points_ + begin, length, row + position);
       });
       for (int i = n; i < padded; ++i) row[i] = row[0];
     }
-    lattice_kernels<T>().locate_points(d_, padded, kStride, s.features.data(), s.scale,
-                                       s.cell.data(), s.rank.data(), s.weight.data());
-    // The key of the remainder-0 vertex, and a number for the order of the ranks. Ranks 1..d-1 in
-    // base d + 1 and which of the last two coordinates is larger: at most 63 bits for d = 16.
-    Key* key = s.vertex_keys.data();
-    uint64_t* order = s.orders.data();
-    const int32_t* rank = s.rank.data();
-    for (int i = 0; i < n; ++i) {
-      key[i] = 0;
-      order[i] = rank[d_ * kStride + i] > rank[i] ? 1 : 0;
-    }
-    for (int j = 1; j <= d_; ++j) {
-      const int32_t* cell = &s.cell[static_cast<size_t>(j * kStride)];
-      const int64_t low = fields_.low[j];
-      const int shift = fields_.shift[j];
-      for (int i = 0; i < n; ++i) key[i] += static_cast<Key>(cell[i] - low) << shift;
-      if (j < d_) {
-        for (int i = 0; i < n; ++i) {
-          order[i] =
-              order[i] * static_cast<uint64_t>(d1) + static_cast<uint64_t>(rank[j * kStride + i]);
-        }
-      }
+    kernels.locate_points(d_, padded, kStride, s.features.data(), s.scale, s.cell.data(),
+                          s.rank.data(), s.weight.data());
+    if constexpr (sizeof(Key) == 8) {
+      kernels.pack_simplices(fields_, padded, kStride, s.cell.data(), s.rank.data(), s.key.data(),
+                             s.order.data());
+    } else {
+      kernels.pack_wide_simplices(fields_, padded, kStride, s.cell.data(), s.rank.data(),
+                                  s.key.data(), s.order.data());
     }
 
     s.simplices.clear();
-    s.vertices.clear();
-    const size_t key_base = out->keys.size();
-    int simplices = 0, keys = 0;
+    const Key* key = s.key.data();
+    const uint64_t* order = s.order.data();
     uint16_t* simplex = point_simplex_.data() + first;
+    int count = 0;
     for (int i = 0; i < n; ++i) {
       if (i > 0 && key[i] == key[i - 1] && order[i] == order[i - 1]) {
         simplex[i] = simplex[i - 1];
         continue;
       }
-      const uint64_t hash = hash_key(key[i]) + (order[i] * 0xd1342543de82ef95u >> 40);
-      simplex[i] = s.simplices.insert({key[i], order[i]}, hash, static_cast<uint16_t>(simplices));
-      if (simplex[i] < simplices) continue;
-      ++simplices;
+      simplex[i] = s.simplices.insert(key[i], order[i], static_cast<uint16_t>(count));
+      if (simplex[i] < count) continue;
+      ++count;
       int axis_of_rank[kMaxFeatures + 1];
-      for (int j = 0; j < d1; ++j) axis_of_rank[rank[j * kStride + i]] = j;
+      for (int j = 0; j < d1; ++j) axis_of_rank[s.rank[j * kStride + i]] = j;
       Key vertex = key[i];
       for (int r = 0; r < d1; ++r) {
-        const uint16_t id =
-            s.vertices.insert(vertex, hash_key(vertex), static_cast<uint16_t>(keys));
-        if (id == keys) {
-          out->keys.push_back(vertex);
-          ++keys;
-        }
-        out->simplex_vertex.push_back(id);
+        *simplex_vertex++ = vertices->insert(vertex);
         vertex = next_in_simplex(fields_, vertex, axis_of_rank[d_ - r]);
       }
     }
-    for (int i = 0; i < n; ++i) {
-      T* weight = weight_.data() + (first + i) * d1;
-      for (int r = 0; r < d1; ++r) weight[r] = s.weight[static_cast<size_t>(r * kStride + i)];
-    }
-    out->tile_keys.push_back(static_cast<int32_t>(out->keys.size() - key_base));
-    out->tile_simplices.push_back(simplices);
-  }
-
-  // Gives every distinct key a number in the order of first use, and every (tile, vertex) pair a
-  // row for its partial sum: the first pair of a vertex uses the vertex's own row.
-  void number_vertices() {
-    int64_t pairs = 0;
-    for (const auto& task : tasks_) pairs += static_cast<int64_t>(task.keys.size());
-    table_.reset(new KeyTable<Key>(pairs));
-    pair_vertex_.reserve(static_cast<size_t>(pairs));
-    for (const auto& task : tasks_) {
-      for (const Key key : task.keys) {
-        const int32_t id = table_->insert(key, static_cast<int32_t>(keys_.size()));
-        if (id == static_cast<int32_t>(keys_.size())) {
-          keys_.push_back(key);
-          extras_.push_back(0);
-        } else {
-          ++extras_[static_cast<size_t>(id)];
-        }
-        pair_vertex_.push_back(id);
+    if (d1 <= 8) {  // transposed 8 wide: the next row overwrites what is beyond d + 1
+      kernels.load_rows(s.weight.data(), kStride, d1, n, T(1), T(0), 8, d1, s.weight_rows.data());
+    } else {
+      for (int i = 0; i < n; ++i) {
+        for (int r = 0; r < d1; ++r) s.weight_rows[i * d1 + r] = s.weight[r * kStride + i];
       }
     }
+    std::copy_n(s.weight_rows.data(), n * d1, weight_.data() + first * d1);
+    return count;
+  }
+
+  // Gives every distinct key a number in the order of first use, and every (chunk, vertex) pair a
+  // row: the first chunk uses the vertex's own.
+  void number_vertices() {
+    int64_t pairs = 0;
+    for (const Chunk& chunk : found_) pairs += static_cast<int64_t>(chunk.vertices->keys().size());
+    table_.reset(new KeyTable<Key>(pairs / 2));
+    std::vector<int32_t> extras;  // of each vertex
+    std::vector<int32_t> extra_vertex;
+    for (Chunk& chunk : found_) {
+      own_begin_.push_back(static_cast<int32_t>(extras.size()));
+      extra_begin_.push_back(static_cast<int32_t>(extra_vertex.size()));
+      const std::vector<Key>& keys = chunk.vertices->keys();
+      chunk.id.resize(keys.size());
+      chunk.row.resize(keys.size());
+      for (size_t k = 0; k < keys.size(); ++k) {
+        if (k + 8 < keys.size()) table_->prefetch(keys[k + 8]);
+        const int32_t id = table_->insert(keys[k]);
+        chunk.id[k] = id;
+        if (id == static_cast<int32_t>(extras.size())) {
+          chunk.row[k] = id;
+          extras.push_back(0);
+        } else {
+          chunk.row[k] = -1 - static_cast<int32_t>(extra_vertex.size());  // M is not known yet
+          extra_vertex.push_back(id);
+          ++extras[static_cast<size_t>(id)];
+        }
+      }
+      chunk.vertices.reset();
+    }
+    const auto vertices = static_cast<int32_t>(extras.size());
+    own_begin_.push_back(vertices);
+    extra_begin_.push_back(static_cast<int32_t>(extra_vertex.size()));
+    for (Chunk& chunk : found_) {
+      for (int32_t& row : chunk.row) row = row < 0 ? vertices - 1 - row : row;
+    }
     merge_begin_.push_back(0);
-    for (size_t v = 0; v < extras_.size(); ++v) {
-      const int32_t count = extras_[v];
-      extras_[v] = merge_begin_.back() - 1;  // the row before the next extra row of v
+    for (size_t v = 0; v < extras.size(); ++v) {
+      const int32_t count = extras[v];
+      extras[v] = merge_begin_.back();  // position of the next extra row of v
       if (count == 0) continue;
       merge_vertex_.push_back(static_cast<int32_t>(v));
       merge_begin_.push_back(merge_begin_.back() + count);
     }
-    const auto vertices = static_cast<int32_t>(keys_.size());
-    int32_t seen = 0;
-    pair_row_.reserve(pair_vertex_.size());
-    for (const int32_t v : pair_vertex_) {
-      pair_row_.push_back(v == seen ? seen++ : vertices + ++extras_[static_cast<size_t>(v)]);
+    merge_row_.resize(extra_vertex.size());
+    for (size_t k = 0; k < extra_vertex.size(); ++k) {
+      merge_row_[static_cast<size_t>(extras[static_cast<size_t>(extra_vertex[k])]++)] =
+          vertices + static_cast<int32_t>(k);
     }
   }
 
+  // A blur axis: the number of the next vertex for every vertex, then chains of these.
+  struct Axis {
+    explicit Axis(int64_t vertices) : next(vertices), has_previous(vertices), chain(vertices) {}
+    Workspace<int32_t> next;
+    Workspace<char> has_previous;
+    Workspace<int32_t> chain;
+    std::vector<int32_t> begin;  // of each chain
+    int32_t entries = 0;
+  };
+
   void link_neighbours() {
-    const auto vertices = static_cast<int64_t>(keys_.size());
-    const int remainder_bits = d_ > 0 ? fields_.shift[1] : 1;
-    axis_chain_begin_.resize(static_cast<size_t>(d_) + 1);
-    axis_chain_vertex_.resize(static_cast<size_t>(d_) + 1);
-    parallel_for(0, d_ + 1, 1, [&](int64_t first_axis, int64_t last_axis) {
-      std::vector<int32_t> next(static_cast<size_t>(vertices));
-      std::vector<bool> has_previous(static_cast<size_t>(vertices));
-      for (int64_t axis = first_axis; axis < last_axis; ++axis) {
-        has_previous.assign(static_cast<size_t>(vertices), false);
-        for (size_t v = 0; v < next.size(); ++v) {
-          const int remainder = static_cast<int>(keys_[v]) & ((1 << remainder_bits) - 1);
-          next[v] = table_->find(neighbour(fields_, keys_[v], remainder, static_cast<int>(axis)));
-          if (next[v] >= 0) has_previous[static_cast<size_t>(next[v])] = true;
-        }
-        auto& begin = axis_chain_begin_[static_cast<size_t>(axis)];
-        auto& chain = axis_chain_vertex_[static_cast<size_t>(axis)];
-        for (size_t v = 0; v < next.size(); ++v) {
-          if (next[v] < 0 || has_previous[v]) continue;
-          begin.push_back(static_cast<int32_t>(chain.size()));
-          for (auto at = static_cast<int32_t>(v); at >= 0; at = next[static_cast<size_t>(at)]) {
-            chain.push_back(at);
-          }
+    const std::vector<Key>& keys = table_->keys();
+    const auto vertices = static_cast<int64_t>(keys.size());
+    const Key remainder_mask = (Key(1) << fields_.shift[1]) - 1;
+    for (int axis = 0; axis <= d_; ++axis) axes_.emplace_back(vertices);
+    constexpr int64_t kBlock = 4096;
+    const int64_t blocks = (vertices + kBlock - 1) / kBlock;
+    parallel_tasks(blocks * (d_ + 1), [&](int64_t task) {
+      const auto axis = static_cast<int>(task / blocks);
+      const int64_t begin = task % blocks * kBlock, end = std::min(vertices, begin + kBlock);
+      int32_t* next = axes_[static_cast<size_t>(axis)].next.data();
+      const auto key_of_next = [&](int64_t v) {
+        const Key key = keys[static_cast<size_t>(v)];
+        return neighbour(fields_, key, static_cast<int>(key & remainder_mask), axis);
+      };
+      constexpr int64_t kAhead = 12;
+      for (int64_t v = begin; v < end; ++v) {
+        if (v + kAhead < end) table_->prefetch(key_of_next(v + kAhead));
+        next[v] = table_->find(key_of_next(v));
+      }
+    });
+    parallel_tasks(d_ + 1, [&](int64_t a) {
+      Axis& axis = axes_[static_cast<size_t>(a)];
+      std::fill_n(axis.has_previous.data(), vertices, char(0));
+      for (int64_t v = 0; v < vertices; ++v) {
+        if (axis.next[v] >= 0) axis.has_previous[axis.next[v]] = 1;
+      }
+      for (int64_t v = 0; v < vertices; ++v) {
+        if (axis.next[v] < 0 || axis.has_previous[v]) continue;
+        axis.begin.push_back(axis.entries);
+        for (auto at = static_cast<int32_t>(v); at >= 0; at = axis.next[at]) {
+          axis.chain[axis.entries++] = at;
         }
       }
     });
@@ -310,15 +340,13 @@ class Builder {
     h.features = d_;
     h.height = tiling_.height;
     h.width = tiling_.width;
-    h.vertices = static_cast<int64_t>(keys_.size());
-    h.pairs = static_cast<int64_t>(pair_vertex_.size());
+    h.vertices = own_begin_.back();
+    h.extra_rows = extra_begin_.back();
     h.merges = static_cast<int64_t>(merge_vertex_.size());
-    for (const auto& task : tasks_) {
-      h.simplices += static_cast<int64_t>(task.simplex_vertex.size()) / d1;
-    }
-    for (int a = 0; a < d1; ++a) {
-      h.chains += static_cast<int64_t>(axis_chain_begin_[static_cast<size_t>(a)].size());
-      h.chain_vertices += static_cast<int64_t>(axis_chain_vertex_[static_cast<size_t>(a)].size());
+    for (const Chunk& chunk : found_) h.simplices += chunk.simplices;
+    for (const Axis& axis : axes_) {
+      h.chains += static_cast<int64_t>(axis.begin.size());
+      h.chain_vertices += axis.entries;
     }
     int64_t end = sizeof(LatticeHeader);
     const auto place = [&](int64_t count, int64_t bytes) {
@@ -326,16 +354,17 @@ class Builder {
       end = at + count * bytes;
       return at;
     };
-    h.pair_begin = place(tiles + 1, 4);
-    h.pair_vertex = place(h.pairs, 4);
-    h.pair_row = place(h.pairs, 4);
     h.simplex_begin = place(tiles + 1, 4);
-    h.simplex_vertex = place(h.simplices * d1, 2);
+    h.simplex_vertex = place(h.simplices * d1, 4);
+    h.simplex_row = place(h.simplices * d1, 4);
     h.point_simplex = place(points_, 2);
     h.weight = place(points_ * d1, sizeof(T));
     h.scale = place(points_, sizeof(T));
+    h.own_begin = place(chunks_.count + 1, 4);
+    h.extra_begin = place(chunks_.count + 1, 4);
     h.merge_vertex = place(h.merges, 4);
     h.merge_begin = place(h.merges + 1, 4);
+    h.merge_row = place(h.extra_rows, 4);
     h.axis_begin = place(d1 + 1, 4);
     h.chain_begin = place(h.chains + 1, 4);
     h.chain_vertex = place(h.chain_vertices, 4);
@@ -343,66 +372,65 @@ class Builder {
 
     char* base = static_cast<char*>(allocate(end));
     std::memcpy(base, &h, sizeof(h));
-    const auto copy = [&](int64_t offset, const auto& values) {
-      std::memcpy(base + offset, values.data(), values.size() * sizeof(values[0]));
+    const auto ints = [&](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
+    const auto copy = [&](int64_t offset, const std::vector<int32_t>& values) {
+      std::copy(values.begin(), values.end(), ints(offset));
     };
-    auto* pair_begin = reinterpret_cast<int32_t*>(base + h.pair_begin);
-    auto* simplex_begin = reinterpret_cast<int32_t*>(base + h.simplex_begin);
-    int64_t tile = 0, written = 0;
-    pair_begin[0] = simplex_begin[0] = 0;
-    for (const auto& task : tasks_) {
-      copy(h.simplex_vertex + written * 2, task.simplex_vertex);
-      written += static_cast<int64_t>(task.simplex_vertex.size());
-      for (size_t i = 0; i < task.tile_keys.size(); ++i, ++tile) {
-        pair_begin[tile + 1] = pair_begin[tile] + task.tile_keys[i];
-        simplex_begin[tile + 1] = simplex_begin[tile] + task.tile_simplices[i];
-      }
-    }
-    copy(h.pair_vertex, pair_vertex_);
-    copy(h.pair_row, pair_row_);
+    copy(h.own_begin, own_begin_);
+    copy(h.extra_begin, extra_begin_);
     copy(h.merge_vertex, merge_vertex_);
     copy(h.merge_begin, merge_begin_);
-    auto* axis_begin = reinterpret_cast<int32_t*>(base + h.axis_begin);
-    auto* chain_begin = reinterpret_cast<int32_t*>(base + h.chain_begin);
-    auto* chain_vertex = reinterpret_cast<int32_t*>(base + h.chain_vertex);
+    copy(h.merge_row, merge_row_);
+    int32_t* simplex_begin = ints(h.simplex_begin);
+    simplex_begin[0] = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      simplex_begin[t + 1] = simplex_begin[t] + tile_simplices_[static_cast<size_t>(t)];
+    }
+    int32_t *axis_begin = ints(h.axis_begin), *chain_begin = ints(h.chain_begin);
     int32_t chains = 0, entries = 0;
     for (int a = 0; a < d1; ++a) {
+      const Axis& axis = axes_[static_cast<size_t>(a)];
       axis_begin[a] = chains;
-      for (const int32_t begin : axis_chain_begin_[static_cast<size_t>(a)]) {
-        chain_begin[chains++] = entries + begin;
-      }
-      const auto& chain = axis_chain_vertex_[static_cast<size_t>(a)];
-      std::copy(chain.begin(), chain.end(), chain_vertex + entries);
-      entries += static_cast<int32_t>(chain.size());
+      for (const int32_t begin : axis.begin) chain_begin[chains++] = entries + begin;
+      std::copy_n(axis.chain.data(), axis.entries, ints(h.chain_vertex) + entries);
+      entries += axis.entries;
     }
     axis_begin[d1] = chains;
     chain_begin[chains] = entries;
-    std::memcpy(base + h.point_simplex, point_simplex_.data(), static_cast<size_t>(points_) * 2);
-    std::memcpy(base + h.weight, weight_.data(), static_cast<size_t>(points_ * d1) * sizeof(T));
+    T* weight = reinterpret_cast<T*>(base + h.weight);
+    parallel_tasks(chunks_.count, [&](int64_t c) {
+      const Chunk& chunk = found_[static_cast<size_t>(c)];
+      const int32_t* vertex = simplex_vertex_.data() + first_point(c) * d1;
+      const int64_t at = int64_t{simplex_begin[chunks_.first_tile(c)]} * d1;
+      for (int64_t k = 0; k < chunk.simplices * d1; ++k) {
+        ints(h.simplex_vertex)[at + k] = chunk.id[static_cast<size_t>(vertex[k])];
+        ints(h.simplex_row)[at + k] = chunk.row[static_cast<size_t>(vertex[k])];
+      }
+      const int64_t first = first_point(c), count = first_point(c + 1) - first;
+      std::copy_n(point_simplex_.data() + first, count,
+                  reinterpret_cast<uint16_t*>(base + h.point_simplex) + first);
+      std::copy_n(weight_.data() + first * d1, count * d1, weight + first * d1);
+    });
     normalize(base, h, normalization);
   }
 
   // Row sums of the filter, and from them the scale of each point.
-  void normalize(char* base, LatticeHeader h, Normalization normalization) {
-    auto* header = reinterpret_cast<LatticeHeader*>(base);
-    header->largest_weight = 1.001;  // barycentric weights sum to 1 up to rounding
+  void normalize(char* base, const LatticeHeader& h, Normalization normalization) {
     if (normalization == Normalization::kNone) return;
+    auto* header = reinterpret_cast<LatticeHeader*>(base);
     header->normalization = static_cast<int64_t>(Normalization::kNone);
-    Workspace<T> row_sum(points_);
-    filter_ones(Lattice<T>(base), row_sum.data());
+    T* scale = reinterpret_cast<T*>(base + h.scale);
+    filter_ones(Lattice<T>(base), scale);
     header->normalization = h.normalization;
     const bool symmetric = normalization == Normalization::kSymmetric;
-    if (normalization != Normalization::kBefore) {
-      const T least = *std::min_element(row_sum.data(), row_sum.data() + points_) + T(1e-20);
-      header->largest_weight *= symmetric ? 1 / std::sqrt(least) : 1 / least;
-    }
-    T* scale = reinterpret_cast<T*>(base + h.scale);
     T* weight = reinterpret_cast<T*>(base + h.weight);
-    parallel_for(0, points_, 4096, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, points_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T sum = row_sum[i] + T(1e-20);
+        const T sum = scale[i] + T(1e-20);
         scale[i] = symmetric ? T(1) / std::sqrt(sum) : T(1) / sum;
-        if (!symmetric) continue;
+      }
+      if (!symmetric) return;
+      for (int64_t i = begin; i < end; ++i) {
         for (int r = 0; r <= d_; ++r) weight[i * (d_ + 1) + r] *= scale[i];
       }
     });
@@ -411,15 +439,17 @@ class Builder {
   const T* features_;
   int d_;
   Tiling tiling_;
+  Chunking chunks_;
   int64_t points_;
   KeyFields<Key> fields_;
-  std::vector<TaskOutput<Key>> tasks_;
+  std::vector<Chunk> found_;
+  std::vector<int32_t> tile_simplices_;
+  Workspace<int32_t> simplex_vertex_;  // of each chunk from its first point on
   Workspace<uint16_t> point_simplex_;
   Workspace<T> weight_;
   std::unique_ptr<KeyTable<Key>> table_;
-  std::vector<Key> keys_;
-  std::vector<int32_t> extras_, pair_vertex_, pair_row_, merge_vertex_, merge_begin_;
-  std::vector<std::vector<int32_t>> axis_chain_begin_, axis_chain_vertex_;
+  std::vector<int32_t> own_begin_, extra_begin_, merge_vertex_, merge_begin_, merge_row_;
+  std::vector<Axis> axes_;
 };
 
 }  // namespace
@@ -433,18 +463,11 @@ void build_lattice(const T* features, int64_t d, int64_t height, int64_t width,
                 " * ", d + 1);
   std::vector<T> low(static_cast<size_t>(d)), high(static_cast<size_t>(d));
   std::vector<char> finite(static_cast<size_t>(d), 1);
-  parallel_for(0, d, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, d, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const T* row = features + k * points;
-      T least = row[0], most = row[0], sum = 0;
-      for (int64_t i = 0; i < points; ++i) {
-        least = row[i] < least ? row[i] : least;
-        most = row[i] > most ? row[i] : most;
-        sum += row[i] * 0;  // NaN if any value is not finite
-      }
-      low[static_cast<size_t>(k)] = least;
-      high[static_cast<size_t>(k)] = most;
-      finite[static_cast<size_t>(k)] = sum == 0;
+      const auto at = static_cast<size_t>(k);
+      finite[at] =
+          lattice_kernels<T>().value_range(features + k * points, points, &low[at], &high[at]);
     }
   });
   double cell_low[kMaxFeatures + 1], cell_high[kMaxFeatures + 1];

@@ -1,13 +1,20 @@
 // How the CPU stores a lattice: one flat buffer per image, so that a lattice is an ordinary tensor.
 //
 // Points are cut into tiles of at most kTilePoints neighbouring points (blocks of pixels where the
-// points form an image). A tile lists the distinct vertices its points touch, so that all work per
-// point stays in rows that fit a near cache. Tiles own their partial sums, which are added in tile
-// order: the result has the same bits for any number of threads. Points are numbered tile by tile.
+// points form an image) and numbered tile by tile, which keeps the vertices in use in a near cache.
+// A tile lists the distinct simplices of its points.
+//
+// Splatting sums into rows. Consecutive tiles form a chunk, and a chunk owns its rows: those of
+// the vertices that it is the first to touch, and extra ones for the other vertices it touches.
+// Extra rows are added to their vertices in the order of the chunks: the result has the same bits
+// for any number of threads. Vertices are numbered in the order of first use, so that the rows of
+// a chunk are two ranges.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace fastseg {
@@ -48,72 +55,93 @@ struct Tiling {
   }
 };
 
+// Chunks of consecutive tiles: enough of them to share among threads, and few, since every one adds
+// extra rows (at 12 chunks as many as there are vertices).
+struct Chunking {
+  int64_t tiles, count;
+
+  explicit Chunking(const Tiling& tiling) : tiles(tiling.count()) {
+    const int64_t points = tiling.height * tiling.width;
+    const int64_t wanted = std::max(std::min<int64_t>(8, points / 2048), points / 16384);
+    count = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(64, std::max<int64_t>(tiles, 1)));
+  }
+  int64_t first_tile(int64_t chunk) const { return chunk * tiles / count; }
+};
+
 // Start of the buffer. Counts, and the offset in bytes of each array.
 struct LatticeHeader {
   int64_t magic, bytes, element_bytes, normalization;
   int64_t points, features, height, width;
-  int64_t vertices;   // M
-  int64_t pairs;      // P: distinct (tile, vertex) pairs
-  int64_t simplices;  // distinct (tile, simplex) pairs
-  int64_t merges;     // vertices touched by two or more tiles
-  int64_t chains;     // runs of neighbours, all axes together
+  int64_t vertices;    // M
+  int64_t extra_rows;  // E
+  int64_t simplices;   // distinct (tile, simplex) pairs
+  int64_t merges;      // vertices touched by two or more chunks
+  int64_t chains;      // runs of neighbours, all axes together
   int64_t chain_vertices;
-  double largest_weight;  // of a point: the sum of its weights, times its scale
-  int64_t pair_begin, pair_vertex, pair_row, simplex_begin, simplex_vertex, point_simplex, weight,
-      scale, merge_vertex, merge_begin, axis_begin, chain_begin, chain_vertex;
+  int64_t simplex_begin, simplex_vertex, simplex_row, point_simplex, weight, scale, own_begin,
+      extra_begin, merge_vertex, merge_begin, merge_row, axis_begin, chain_begin, chain_vertex;
 };
-constexpr int64_t kLatticeMagic = 0x4c41545449434531;  // "LATTICE1"
+constexpr int64_t kLatticeMagic = 0x4c41545449434532;  // "LATTICE2"
 
 // Typed access to the buffer.
 template <typename T>
 struct Lattice {
   const LatticeHeader* header;
-  const int32_t* pair_begin;       // [tiles + 1]
-  const int32_t* pair_vertex;      // [P] vertex of each pair
-  const int32_t* pair_row;         // [P] row that holds its partial sum: vertex, or M + k
-  const int32_t* simplex_begin;    // [tiles + 1]
-  const uint16_t* simplex_vertex;  // [simplices][d + 1] position in the tile's pair list
-  const uint16_t* point_simplex;   // [N] position in the tile's simplex list
-  const T* weight;                 // [N][d + 1]
-  const T* scale;                  // [N] 1 / row sum, for kBefore and kAfter
-  const int32_t* merge_vertex;     // [merges]
-  const int32_t* merge_begin;      // [merges + 1] its further rows are M + begin .. M + end
-  const int32_t* axis_begin;       // [d + 2] chains of each blur axis
-  const int32_t* chain_begin;      // [chains + 1]
-  const int32_t* chain_vertex;     // vertices along each chain
+  const int32_t* simplex_begin;   // [tiles + 1]
+  const int32_t* simplex_vertex;  // [simplices][d + 1] vertices by remainder
+  const int32_t* simplex_row;     // [simplices][d + 1] their rows in this chunk: vertex, or M + k
+  const uint16_t* point_simplex;  // [N] position in the tile's simplex list
+  const T* weight;                // [N][d + 1] by remainder
+  const T* scale;                 // [N] 1 / row sum, its root if kSymmetric (and in the weights)
+  const int32_t* own_begin;       // [chunks + 1] vertices that a chunk is the first to touch
+  const int32_t* extra_begin;     // [chunks + 1] its extra rows, counted from M
+  const int32_t* merge_vertex;    // [merges]
+  const int32_t* merge_begin;     // [merges + 1]
+  const int32_t* merge_row;       // [E] extra rows, vertex by vertex
+  const int32_t* axis_begin;      // [d + 2] chains of each blur axis
+  const int32_t* chain_begin;     // [chains + 1]
+  const int32_t* chain_vertex;    // vertices along each chain
 
   explicit Lattice(const void* buffer) : header(static_cast<const LatticeHeader*>(buffer)) {
     const char* base = static_cast<const char*>(buffer);
     const auto at = [&](auto& pointer, int64_t offset) {
       pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(base + offset);
     };
-    at(pair_begin, header->pair_begin);
-    at(pair_vertex, header->pair_vertex);
-    at(pair_row, header->pair_row);
     at(simplex_begin, header->simplex_begin);
     at(simplex_vertex, header->simplex_vertex);
+    at(simplex_row, header->simplex_row);
     at(point_simplex, header->point_simplex);
     at(weight, header->weight);
     at(scale, header->scale);
+    at(own_begin, header->own_begin);
+    at(extra_begin, header->extra_begin);
     at(merge_vertex, header->merge_vertex);
     at(merge_begin, header->merge_begin);
+    at(merge_row, header->merge_row);
     at(axis_begin, header->axis_begin);
     at(chain_begin, header->chain_begin);
     at(chain_vertex, header->chain_vertex);
   }
   int64_t d() const { return header->features; }
-  int64_t rows() const { return header->vertices + extra_rows(); }
-  int64_t extra_rows() const { return header->pairs - header->vertices; }
+  // Rows that a splat needs.
+  int64_t rows() const { return header->vertices + header->extra_rows; }
   Tiling tiling() const { return Tiling(header->height, header->width); }
+  // Zeroes the rows of a chunk before its points are splatted.
+  void clear_rows(int64_t chunk, int width, T* sums) const {
+    const auto clear = [&](int64_t begin, int64_t end) {
+      std::memset(sums + begin * width, 0, static_cast<size_t>((end - begin) * width) * sizeof(T));
+    };
+    clear(own_begin[chunk], own_begin[chunk + 1]);
+    clear(header->vertices + extra_begin[chunk], header->vertices + extra_begin[chunk + 1]);
+  }
 };
 
 // What the tile kernels read of one tile.
 template <typename T>
 struct TileView {
-  int d1, pairs, points;
-  const int32_t* pair_vertex;
-  const int32_t* pair_row;
-  const uint16_t* simplex_vertex;
+  int d1, points;
+  const int32_t* simplex_vertex;
+  const int32_t* simplex_row;
   const uint16_t* point_simplex;
   const T* weight;
   const T* slice_scale;  // null: 1
@@ -123,12 +151,9 @@ struct TileView {
   TileView(const Lattice<T>& lattice, int64_t tile, int64_t first_point, int64_t points,
            bool transposed = false)
       : d1(static_cast<int>(lattice.d() + 1)), points(static_cast<int>(points)) {
-    const int32_t pair = lattice.pair_begin[tile];
-    pairs = lattice.pair_begin[tile + 1] - pair;
-    pair_vertex = lattice.pair_vertex + pair;
-    pair_row = lattice.pair_row + pair;
-    simplex_vertex =
-        lattice.simplex_vertex + static_cast<int64_t>(lattice.simplex_begin[tile]) * d1;
+    const int64_t simplex = static_cast<int64_t>(lattice.simplex_begin[tile]) * d1;
+    simplex_vertex = lattice.simplex_vertex + simplex;
+    simplex_row = lattice.simplex_row + simplex;
     point_simplex = lattice.point_simplex + first_point;
     weight = lattice.weight + first_point * d1;
     const auto mode = static_cast<Normalization>(lattice.header->normalization);

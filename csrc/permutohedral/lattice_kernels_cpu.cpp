@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "permutohedral/lattice_kernels.h"
 
@@ -21,10 +22,22 @@ namespace {
 #define FASTSEG_KERNEL_FILE "permutohedral/permutohedral_kernel.inl"
 #include "common/foreach_isa.inl"
 
-#define FASTSEG_LATTICE_KERNELS(isa)                                                           \
-  {&isa::locate_points<T>, &isa::gather_rows<T>, &isa::scatter_rows<T>, &isa::slice_tile<T>,   \
-   &isa::splat_tile<T>,    &isa::merge_rows<T>,  &isa::blur_chains<T>,  &isa::softmax_tile<T>, \
-   &isa::scale_rows<T>,    &isa::load_rows<T>,   &isa::store_rows<T>,   &isa::shift_logits<T>}
+#define FASTSEG_LATTICE_KERNELS(isa) \
+  {&isa::locate_points<T>,           \
+   &isa::value_range<T>,             \
+   &isa::pack_simplices<uint64_t>,   \
+   &isa::pack_simplices<WideKey>,    \
+   &isa::slice_tile<T>,              \
+   &isa::splat_tile<T>,              \
+   &isa::merge_rows<T>,              \
+   &isa::blur_chains<T>,             \
+   &isa::transform_rows<T>,          \
+   &isa::softmax_tile<T>,            \
+   &isa::logistic<T>,                \
+   &isa::scale_rows<T>,              \
+   &isa::load_rows<T>,               \
+   &isa::store_rows<T>,              \
+   &isa::shift_logits<T>}
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 // Loops of the permutohedral filter over one tile or one blur chain, once per instruction set.
 // A row holds the channels of one point or vertex, padded to a multiple of 8; kernels take rows in
-// column groups of up to 32 channels, which stay in registers.
+// column groups of up to 32 channels, which stay in registers. A single channel is not padded.
 
 #if FASTSEG_ISA_LEVEL >= 2
 using FloatLane = __m512;
@@ -119,17 +119,10 @@ struct Row {
     for (int i = 0; i < kFull; ++i) full[i] = full[i] * s;
     if constexpr (kHalf) half = half * s;
   }
-  void raise_to_magnitude(const Row& other) {
-    const auto raise = [](auto* top, auto v) {
-      const auto magnitude = v < decltype(v)() ? -v : v;
-      *top = magnitude > *top ? magnitude : *top;
-    };
-    for (int i = 0; i < kFull; ++i) raise(&full[i], other.full[i]);
-    if constexpr (kHalf) raise(&half, other.half);
-  }
-  void multiply(const Row& other) {
-    for (int i = 0; i < kFull; ++i) full[i] = full[i] * other.full[i];
-    if constexpr (kHalf) half = half * other.half;
+  // this += a * b
+  void add_product(const Row& a, const Row& b) {
+    for (int i = 0; i < kFull; ++i) full[i] = multiply_add(a.full[i], b.full[i], full[i]);
+    if constexpr (kHalf) half = multiply_add(a.half, b.half, half);
   }
 };
 
@@ -179,293 +172,401 @@ void locate_points(int d, int n, int stride, const T* features, const T* scale, 
   return locate_all<0>(d, n, stride, features, scale, cell, rank, weight);
 }
 
-// Copies the rows of a tile's vertices into `local` and applies the term's label compatibility:
-// a factor per channel (diagonal), or a symmetric width x width matrix. Returns the largest
-// magnitude.
+// Smallest and largest of n values; false if NaN or infinity is among them.
 template <typename T>
-T gather_rows(const T* values, int width, int local_stride, const int32_t* vertex, int count,
-              const T* diagonal, const T* matrix, T* local) {
-  T largest = 0;
-  for_each_column_group<T>(width, [&](auto tag, int column) {
-    using R = decltype(tag);
-    R top = R::zero();
-    for (int k = 0; k < count; ++k) {
-      const T* source = values + static_cast<int64_t>(vertex[k]) * width;
-      R row = R::zero();
-      if (matrix == nullptr) {
-        row = R::load(source + column);
-        row.multiply(R::load(diagonal + column));
-      } else {
-        for (int m = 0; m < width; ++m) {
-          row.add_scaled(source[m], R::load(matrix + static_cast<int64_t>(m) * width + column));
-        }
-      }
-      row.store(local + static_cast<int64_t>(k) * local_stride + column);
-      top.raise_to_magnitude(row);
-    }
-    T lanes[R::kChannels];
-    top.store(lanes);
-    for (const T lane : lanes) largest = lane > largest ? lane : largest;
-  });
-  return largest;
+bool value_range(const T* values, int64_t n, T* low, T* high) {
+  constexpr int kLanes = 32;
+  T least[kLanes], most[kLanes], finite[kLanes];  // finite: 0, or NaN
+  for (int k = 0; k < kLanes; ++k) {
+    least[k] = most[k] = values[0];
+    finite[k] = 0;
+  }
+  const auto visit = [&](int k, T v) {
+    least[k] = v < least[k] ? v : least[k];
+    most[k] = v > most[k] ? v : most[k];
+    finite[k] += v * 0;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) visit(k, values[i + k]);
+  }
+  for (; i < n; ++i) visit(0, values[i]);
+  T sum = 0;
+  for (int k = 0; k < kLanes; ++k) {
+    least[0] = least[k] < least[0] ? least[k] : least[0];
+    most[0] = most[k] > most[0] ? most[k] : most[0];
+    sum += finite[k];
+  }
+  *low = least[0];
+  *high = most[0];
+  return sum == 0;
 }
 
-// Writes a tile's partial sums to their rows, which follow each other in `values` and `extra`.
+// For n points with the cells and ranks of locate_points: the key of the remainder-0 vertex, and a
+// number for the order of the ranks. Ranks 1..d-1 in base d + 1 and which of the other two
+// coordinates is larger: at most 63 bits for d = 16.
+template <typename Key>
+void pack_simplices(const KeyFields<Key>& fields, int n, int stride, const int32_t* cell,
+                    const int32_t* rank, Key* key, uint64_t* order) {
+  const int d = fields.d;
+  for (int i = 0; i < n; ++i) {
+    key[i] = 0;
+    order[i] = rank[d * stride + i] > rank[i] ? 1 : 0;
+  }
+  for (int j = 1; j <= d; ++j) {
+    const auto low = static_cast<int32_t>(fields.low[j]);
+    const int shift = fields.shift[j];
+    for (int i = 0; i < n; ++i) {
+      key[i] += static_cast<Key>(static_cast<uint32_t>(cell[j * stride + i] - low)) << shift;
+    }
+    if (j == d) break;
+    for (int i = 0; i < n; ++i) {
+      order[i] = order[i] * static_cast<uint64_t>(d + 1) +
+                 static_cast<uint64_t>(static_cast<uint32_t>(rank[j * stride + i]));
+    }
+  }
+}
+
+// rows[k] = matrix rows[k] for rows [begin, end); `matrix` is symmetric, width x width.
 template <typename T>
-void scatter_rows(const T* local, int width, int local_stride, const int32_t* row, int count,
-                  int64_t vertices, T* values, T* extra) {
-  for (int k = 0; k < count; ++k) {
-    const T* source = local + static_cast<int64_t>(k) * local_stride;
-    T* target = row[k] < vertices ? values + static_cast<int64_t>(row[k]) * width
-                                  : extra + (row[k] - vertices) * width;
+void transform_rows(const T* matrix, int64_t begin, int64_t end, int width, T* rows) {
+  std::vector<T> source(static_cast<size_t>(width));
+  for (int64_t k = begin; k < end; ++k) {
+    T* row = rows + k * width;
+    __builtin_memcpy(source.data(), row, static_cast<size_t>(width) * sizeof(T));
     for_each_column_group<T>(width, [&](auto tag, int column) {
-      decltype(tag)::load(source + column).store(target + column);
+      using R = decltype(tag);
+      R sum = R::zero();
+      for (int m = 0; m < width; ++m) {
+        sum.add_scaled(source[static_cast<size_t>(m)],
+                       R::load(matrix + static_cast<int64_t>(m) * width + column));
+      }
+      sum.store(row + column);
     });
   }
 }
 
-// 2^n p, the end of exp, and x rounded to a whole number, |x| < 2^22.
+// 2^x to about 1 ulp, 0 below -126, infinite or at least 2^127 above: 2^floor(x), times a
+// polynomial in the rest (minimax, relative error 9e-8).
 template <typename V>
-inline V round_whole(V x) {
-  const V magic = V() + 12582912.0f;  // 1.5 * 2^23
-  return (x + magic) - magic;
+inline V power_of_fraction(V f) {
+  V p = multiply_add(V() + 1.8775767e-3f, f, V() + 8.9893397e-3f);
+  p = multiply_add(p, f, V() + 5.5826318e-2f);
+  p = multiply_add(p, f, V() + 2.4015361e-1f);
+  p = multiply_add(p, f, V() + 6.9315308e-1f);
+  return multiply_add(p, f, V() + 9.9999994e-1f);
 }
+#if FASTSEG_ISA_LEVEL >= 2
+inline __m512 exponential2(__m512 x) {
+  return _mm512_scalef_ps(power_of_fraction(_mm512_reduce_ps(x, 9)), x);  // 9: x - floor(x)
+}
+inline __m256 exponential2(__m256 x) {
+  return _mm256_scalef_ps(power_of_fraction(_mm256_reduce_ps(x, 9)), x);
+}
+#else
 template <typename V>
-inline V scale_by_power(V p, V n) {
-  using I = decltype(n > n);
-  const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+inline V exponential2(V x) {
+  using I = decltype(x > x);
+  const V low = V() - 127.0f, high = V() + 127.0f;
+  V clamped = x > low ? x : low;
+  clamped = clamped < high ? clamped : high;
+  I whole = __builtin_convertvector(clamped, I);  // towards 0; the comparison is -1 where true
+  whole += __builtin_convertvector(whole, V) > clamped;
+  const V p = power_of_fraction(clamped - __builtin_convertvector(whole, V));
+  const I exponent = (whole + 127) << 23;
   V power;
   __builtin_memcpy(&power, &exponent, sizeof(V));
-  return n > V() - 126.0f ? p * power : V();
+  return p * power;
 }
-#if FASTSEG_ISA_LEVEL >= 2
-inline __m512 round_whole(__m512 x) { return _mm512_roundscale_ps(x, 8); }
-inline __m256 round_whole(__m256 x) { return _mm256_roundscale_ps(x, 8); }
-inline __m512 scale_by_power(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
-inline __m256 scale_by_power(__m256 p, __m256 n) { return _mm256_scalef_ps(p, n); }
 #endif
-
-// exp(x) for x <= 88 to about 1 ulp, 0 below -88: Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
-template <typename V>
-inline V exponential(V x) {
-  const V low = V() - 100.0f, clamped = x > low ? x : low;
-  const V n = round_whole(clamped * 1.44269504088896341f);
-  V r = multiply_add(n, V() - 0.693359375f, clamped);
-  r = multiply_add(n, V() + 2.12194440e-4f, r);
-  V p = multiply_add(V() + 1.9875691500e-4f, r, V() + 1.3981999507e-3f);
-  p = multiply_add(p, r, V() + 8.3334519073e-3f);
-  p = multiply_add(p, r, V() + 4.1665795894e-2f);
-  p = multiply_add(p, r, V() + 1.6666665459e-1f);
-  p = multiply_add(p, r, V() + 5.0000001201e-1f);
-  return scale_by_power(multiply_add(p, r * r, r + 1.0f), n);
-}
 
 #if FASTSEG_ISA_LEVEL >= 1
-inline float max_lanes(__m256 v) {
-  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+// Transposes 8 x 8 floats.
+inline void transpose(__m256 (&v)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
 }
 #endif
-#if FASTSEG_ISA_LEVEL >= 2
-inline __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
-inline float max_lanes(__m512 v) {
-  return max_lanes(_mm256_max_ps(_mm512_castps512_ps256(v), upper_half(v)));
-}
-#elif FASTSEG_ISA_LEVEL == 0
-inline float max_lanes(FloatLane v) {
-  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
-  return a > b ? a : b;
-}
-#endif
 
-// Largest channel of a row.
-template <typename R>
-inline float largest_channel(const R& row) {
-  float largest = -INFINITY;
-  if constexpr (R::kFull > 0) {
-    auto top = row.full[0];
-    for (int i = 1; i < R::kFull; ++i) top = row.full[i] > top ? row.full[i] : top;
-    largest = max_lanes(top);
-  }
-  if constexpr (R::kHalf) {
-    const float half = max_lanes(row.half);
-    largest = half > largest ? half : largest;
-  }
-  return largest;
-}
-
-// Adds the channels of a row up to 8 numbers.
-template <typename R>
-inline void fold_to_eight(const R& row, float* eight) {
-#if FASTSEG_ISA_LEVEL >= 2
-  __m256 sum = __m256();
-  if constexpr (R::kFull > 0) {
-    __m512 total = row.full[0];
-    for (int i = 1; i < R::kFull; ++i) total = total + row.full[i];
-    sum = first_half(total) + upper_half(total);
-  }
-  if constexpr (R::kHalf) sum = sum + row.half;
-  store_lane(eight, sum);
-#else
-  constexpr int kParts = 8 / R::kLanes;
-  for (int k = 0; k < kParts; ++k) {
-    auto sum = row.full[k];
-    for (int i = k + kParts; i < R::kFull; i += kParts) sum = sum + row.full[i];
-    store_lane(eight + k * R::kLanes, sum);
-  }
-#endif
-}
-
-// Soft-max of rows of up to 32 channels in passes over the tile: a point's sum is a long chain of
-// dependent shuffles, which would stall the exponentials if each point waited for its own.
-template <typename R>
-inline void softmax_short_rows(float* rows, int points, int stride, bool bounded, float* inverse) {
-  float eights[kTilePoints * 8];
-  for (int p = 0; p < points; ++p) {
-    R row = R::load(rows + p * stride);
-    const float largest = bounded ? 0.0f : largest_channel(row);
-    for (int i = 0; i < R::kFull; ++i) row.full[i] = exponential(row.full[i] - largest);
-    if constexpr (R::kHalf) row.half = exponential(row.half - largest);
-    row.store(rows + p * stride);
-    fold_to_eight(row, eights + p * 8);
-  }
-  for (int p = 0; p < points; ++p) {
-    const float* e = eights + p * 8;
-    inverse[p] = 1.0f / (((e[0] + e[4]) + (e[2] + e[6])) + ((e[1] + e[5]) + (e[3] + e[7])));
-  }
-}
-
-// Soft-max over the channels of each row: on return it is inverse[p] * rows[p]. The padding is
-// -inf and becomes 0. `bounded` promises values of at most 80 with a largest of at least -80.
-template <typename T>
-void softmax_tile(T* rows, int points, int width, int stride, bool bounded, T* inverse) {
+// out[p] = the channels of rows[p], at least 8, combined by an associative function of numbers or
+// vectors. Eight points at a time: one point's chain of shuffles would stall everything.
+template <typename T, typename Combine>
+inline void reduce_rows(const T* rows, int points, int width, T* out, Combine combine) {
+  const auto of_eight = [&](const auto* v) {
+    return combine(combine(combine(v[0], v[4]), combine(v[2], v[6])),
+                   combine(combine(v[1], v[5]), combine(v[3], v[7])));
+  };
+  int p = 0;
+#if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
-    if (width <= 32) {
-      return for_each_column_group<T>(width, [&](auto tag, int) {
-        softmax_short_rows<decltype(tag)>(rows, points, stride, bounded, inverse);
-      });
+    for (; p + 8 <= points; p += 8) {
+      __m256 v[8];
+      for (int k = 0; k < 8; ++k) {
+        const T* row = rows + (p + k) * width;
+        v[k] = _mm256_loadu_ps(row);
+        for (int c = 8; c < width; c += 8) v[k] = combine(v[k], _mm256_loadu_ps(row + c));
+      }
+      transpose(v);
+      _mm256_storeu_ps(out + p, of_eight(v));
     }
   }
-  for (int p = 0; p < points; ++p, rows += stride) {
-    T largest = rows[0], sum = 0;
-    for (int l = 1; l < width; ++l) largest = rows[l] > largest ? rows[l] : largest;
-    if constexpr (sizeof(T) == 4) {
-      for (int l = 0; l < width; l += 8) {
-        Row<float, 1> part = Row<float, 1>::load(rows + l);
-        for (int i = 0; i < part.kFull; ++i) part.full[i] = exponential(part.full[i] - largest);
-        if constexpr (Row<float, 1>::kHalf) part.half = exponential(part.half - largest);
-        part.store(rows + l);
-      }
-    } else {
-      for (int l = 0; l < width; ++l) rows[l] = std::exp(rows[l] - largest);
+#endif
+  for (; p < points; ++p) {
+    const T* row = rows + p * width;
+    T part[8];
+    for (int k = 0; k < 8; ++k) part[k] = row[k];
+    for (int c = 8; c < width; c += 8) {
+      for (int k = 0; k < 8; ++k) part[k] = combine(part[k], row[c + k]);
     }
-    for (int l = 0; l < width; ++l) sum += rows[l];
-    inverse[p] = 1 / sum;
+    out[p] = of_eight(part);
+  }
+}
+
+// Subtracts its largest channel from each row, which soft-max does not notice. False if that is
+// not a finite number.
+template <typename T>
+bool subtract_largest(T* rows, int points, int width) {
+  T largest[kTilePoints];
+  reduce_rows(rows, points, width, largest, [](auto a, auto b) { return a > b ? a : b; });
+  int finite = 1;
+  for (int p = 0; p < points; ++p) finite &= largest[p] * 0 == 0;
+  for (int p = 0; p < points; ++p) {
+    for (int c = 0; c < width; ++c) rows[p * width + c] -= largest[p];
+  }
+  return finite != 0;
+}
+
+// The same for the logits of the unary energies; also false if there is NaN or +inf.
+template <typename T>
+bool shift_logits(T* rows, int points, int width) {
+  int bad = 0;
+  for (int i = 0; i < points * width; ++i) bad |= !(rows[i] < static_cast<T>(INFINITY));
+  return subtract_largest(rows, points, width) && bad == 0;
+}
+
+// rows = 2^rows, channel by channel.
+template <typename T>
+void exponentials(T* rows, int64_t count) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int kLanes = sizeof(FloatLane) / sizeof(float);
+    for (; i + kLanes <= count; i += kLanes) {
+      store_lane(rows + i, exponential2(load_lane<FloatLane>(rows + i)));
+    }
+    for (; i < count; i += 8) {  // half a register of 16
+      auto row = Row<float, 1>::load(rows + i);
+      for (int k = 0; k < row.kFull; ++k) row.full[k] = exponential2(row.full[k]);
+      if constexpr (Row<float, 1>::kHalf) row.half = exponential2(row.half);
+      row.store(rows + i);
+    }
+  } else {
+    for (; i < count; ++i) rows[i] = std::exp2(rows[i]);
+  }
+}
+
+// Base-2 soft-max over the channels of each row: on return it is inverse[p] * rows[p]. The padding
+// is -inf and becomes 0. Without `shift` the largest channel is not subtracted, which is right
+// unless a sum comes out too large or too small: then it returns false, and the rows are lost.
+template <typename T>
+bool softmax_tile(T* rows, int points, int width, bool shift, T* inverse) {
+  if (shift) subtract_largest(rows, points, width);
+  exponentials(rows, static_cast<int64_t>(points) * width);
+  reduce_rows(rows, points, width, inverse, [](auto a, auto b) { return a + b; });
+  int outside = 0;
+  for (int p = 0; p < points; ++p) {
+    outside |= !(inverse[p] > T(1e-30)) | !(inverse[p] < T(1e30));
+    inverse[p] = 1 / inverse[p];
+  }
+  return outside == 0;
+}
+
+// positive[i] = 1 / (1 + 2^-x[i]) and, if not null, negative[i] = 1 / (1 + 2^x[i]), for n values
+// and those after it up to a multiple of 16. positive may be x.
+template <typename T>
+void logistic(const T* x, int n, T* positive, T* negative) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr int kLanes = sizeof(FloatLane) / sizeof(float);
+    const FloatLane one = FloatLane() + 1.0f;
+    for (int i = 0; i < n; i += kLanes) {
+      const FloatLane v = load_lane<FloatLane>(x + i);
+      store_lane(positive + i, one / (exponential2(-v) + one));
+      if (negative != nullptr) store_lane(negative + i, one / (exponential2(v) + one));
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const T v = x[i];
+      positive[i] = 1 / (1 + std::exp2(-v));
+      if (negative != nullptr) negative[i] = 1 / (1 + std::exp2(v));
+    }
   }
 }
 
 // rows[p] *= factor[p]
 template <typename T>
-void scale_rows(T* rows, int points, int width, int stride, const T* factor) {
+void scale_rows(T* rows, int points, int width, const T* factor) {
   for_each_column_group<T>(width, [&](auto tag, int column) {
     using R = decltype(tag);
     for (int p = 0; p < points; ++p) {
-      R row = R::load(rows + p * stride + column);
+      R row = R::load(rows + p * width + column);
       row.scale(factor[p]);
-      row.store(rows + p * stride + column);
+      row.store(rows + p * width + column);
     }
   });
 }
 
-// out[p] = in[p] + scale[p] * sum_r weight[p][r] * local[vertex(p, r)] for the points of a tile.
-template <typename T, typename R, int kD1>
-inline void slice_columns(const TileView<T>& tile, const T* local, int stride, const T* in,
-                          int in_stride, T* out) {
+// Calls fn(Row type, column, stride): a row that fits one column group has a constant stride.
+template <typename T, typename Fn>
+inline __attribute__((always_inline)) void for_each_column_stride(int width, Fn&& fn) {
+  for_each_column_group<T>(width, [&](auto tag, int column) {
+    using R = decltype(tag);
+    if (width == R::kChannels) {
+      fn(tag, 0, std::integral_constant<int64_t, R::kChannels>());
+    } else {
+      fn(tag, column, static_cast<int64_t>(width));
+    }
+  });
+}
+
+// out[p] = in[p] + coefficient * slice_scale[p] * sum_r weight[p][r] * values[vertex(p, r)] for the
+// points of a tile, channel by channel; in = null is 0.
+template <int kD1, typename T, typename R, typename Stride>
+inline void slice_columns(const TileView<T>& tile, const T* values, const T* coefficient,
+                          const T* in, T* out, Stride stride) {
   const int d1 = kD1 > 0 ? kD1 : tile.d1;
   const T* weight = tile.weight;
   const T* scale = tile.slice_scale;
-  for (int p = 0; p < tile.points; ++p, weight += d1, in += in_stride, out += stride) {
-    const uint16_t* vertex = tile.simplex_vertex + tile.point_simplex[p] * d1;
-    // Energies stream from memory; the hardware prefetcher stops at every page.
-    __builtin_prefetch(in + 64 * in_stride);
-    __builtin_prefetch(in + 64 * in_stride + 16);
-    R sum = scale == nullptr ? R::load(in) : R::zero();
-    for (int r = 0; r < d1; ++r) sum.add_scaled(weight[r], R::load(local + vertex[r] * stride));
-    if (scale != nullptr) {
-      R total = R::load(in);
-      total.add_scaled(scale[p], sum);
-      sum = total;
+  const R factor = R::load(coefficient);
+  for (int p = 0; p < tile.points; ++p, weight += d1, out += stride) {
+    const int32_t* vertex = tile.simplex_vertex + tile.point_simplex[p] * d1;
+    R sum = R::zero();
+    for (int r = 0; r < d1; ++r) sum.add_scaled(weight[r], R::load(values + vertex[r] * stride));
+    if (scale != nullptr) sum.scale(scale[p]);
+    R total = R::zero();
+    if (in != nullptr) {
+      // Energies stream from memory; the hardware prefetcher stops at every page.
+      __builtin_prefetch(in + 64 * stride);
+      __builtin_prefetch(in + 64 * stride + 16);
+      total = R::load(in);
+      in += stride;
     }
-    sum.store(out);
+    total.add_product(factor, sum);
+    total.store(out);
+  }
+}
+template <int kD1, typename T>
+inline void slice_scalars(const TileView<T>& tile, const T* values, T coefficient, const T* in,
+                          T* out) {
+  const int d1 = kD1 > 0 ? kD1 : tile.d1;
+  const T* weight = tile.weight;
+  for (int p = 0; p < tile.points; ++p, weight += d1) {
+    const int32_t* vertex = tile.simplex_vertex + tile.point_simplex[p] * d1;
+    T sum = 0;
+    for (int r = 0; r < d1; ++r) sum += weight[r] * values[vertex[r]];
+    if (tile.slice_scale != nullptr) sum *= tile.slice_scale[p];
+    out[p] = (in == nullptr ? T(0) : in[p]) + coefficient * sum;
   }
 }
 template <typename T>
-void slice_tile(const TileView<T>& tile, const T* local, int width, int stride, const T* in,
-                int in_stride, T* out) {
-  for_each_column_group<T>(width, [&](auto tag, int column) {
+void slice_tile(const TileView<T>& tile, const T* values, int width, const T* coefficient,
+                const T* in, T* out) {
+  if (width == 1) {
+    if (tile.d1 == 3) return slice_scalars<3>(tile, values, *coefficient, in, out);
+    if (tile.d1 == 6) return slice_scalars<6>(tile, values, *coefficient, in, out);
+    return slice_scalars<0>(tile, values, *coefficient, in, out);
+  }
+  for_each_column_stride<T>(width, [&](auto tag, int column, auto stride) {
     using R = decltype(tag);
-    const T *from = in + column, *rows = local + column;
+    const T *from = in == nullptr ? in : in + column, *v = values + column,
+            *c = coefficient + column;
     if constexpr (sizeof(T) == 4) {
-      if (tile.d1 == 3) {
-        return slice_columns<T, R, 3>(tile, rows, stride, from, in_stride, out + column);
-      }
-      if (tile.d1 == 6) {
-        return slice_columns<T, R, 6>(tile, rows, stride, from, in_stride, out + column);
-      }
+      if (tile.d1 == 3) return slice_columns<3, T, R>(tile, v, c, from, out + column, stride);
+      if (tile.d1 == 6) return slice_columns<6, T, R>(tile, v, c, from, out + column, stride);
     }
-    slice_columns<T, R, 0>(tile, rows, stride, from, in_stride, out + column);
+    slice_columns<0, T, R>(tile, v, c, from, out + column, stride);
   });
 }
 
-// local[v] = sum over the tile's points p and vertices r of weight[p][r] * scale[p] * factor[p] *
-// in[p].
-template <typename T, typename R, int kD1>
-inline void splat_columns(const TileView<T>& tile, const T* in, const T* factor, int stride,
-                          T* local) {
+// sums[row(p, r)] += weight[p][r] * splat_scale[p] * factor[p] * in[p] for the points p of the tile
+// and the vertices r of their simplices; factor = null is 1.
+template <int kD1, typename T, typename R, typename Stride>
+inline void splat_columns(const TileView<T>& tile, const T* in, const T* factor, T* sums,
+                          Stride stride) {
   const int d1 = kD1 > 0 ? kD1 : tile.d1;
   const T* weight = tile.weight;
-  const T* scale = tile.splat_scale;
-  for (int k = 0; k < tile.pairs; ++k) R::zero().store(local + k * stride);
   for (int p = 0; p < tile.points; ++p, weight += d1, in += stride) {
-    const uint16_t* vertex = tile.simplex_vertex + tile.point_simplex[p] * d1;
+    const int32_t* target = tile.simplex_row + tile.point_simplex[p] * d1;
     R row = R::load(in);
-    row.scale(scale == nullptr ? factor[p] : factor[p] * scale[p]);
+    T scale = factor == nullptr ? T(1) : factor[p];
+    if (tile.splat_scale != nullptr) scale *= tile.splat_scale[p];
+    row.scale(scale);
     for (int r = 0; r < d1; ++r) {
-      R sum = R::load(local + vertex[r] * stride);
+      R sum = R::load(sums + target[r] * stride);
       sum.add_scaled(weight[r], row);
-      sum.store(local + vertex[r] * stride);
+      sum.store(sums + target[r] * stride);
     }
   }
 }
+template <int kD1, typename T>
+inline void splat_scalars(const TileView<T>& tile, const T* in, const T* factor, T* sums) {
+  const int d1 = kD1 > 0 ? kD1 : tile.d1;
+  const T* weight = tile.weight;
+  for (int p = 0; p < tile.points; ++p, weight += d1) {
+    const int32_t* target = tile.simplex_row + tile.point_simplex[p] * d1;
+    T value = in[p];
+    if (factor != nullptr) value *= factor[p];
+    if (tile.splat_scale != nullptr) value *= tile.splat_scale[p];
+    for (int r = 0; r < d1; ++r) sums[target[r]] += weight[r] * value;
+  }
+}
 template <typename T>
-void splat_tile(const TileView<T>& tile, const T* in, const T* factor, int width, int stride,
-                T* local) {
-  for_each_column_group<T>(width, [&](auto tag, int column) {
+void splat_tile(const TileView<T>& tile, const T* in, const T* factor, int width, T* sums) {
+  if (width == 1) {
+    if (tile.d1 == 3) return splat_scalars<3>(tile, in, factor, sums);
+    if (tile.d1 == 6) return splat_scalars<6>(tile, in, factor, sums);
+    return splat_scalars<0>(tile, in, factor, sums);
+  }
+  for_each_column_stride<T>(width, [&](auto tag, int column, auto stride) {
     using R = decltype(tag);
     if constexpr (sizeof(T) == 4) {
       if (tile.d1 == 3) {
-        return splat_columns<T, R, 3>(tile, in + column, factor, stride, local + column);
+        return splat_columns<3, T, R>(tile, in + column, factor, sums + column, stride);
       }
       if (tile.d1 == 6) {
-        return splat_columns<T, R, 6>(tile, in + column, factor, stride, local + column);
+        return splat_columns<6, T, R>(tile, in + column, factor, sums + column, stride);
       }
     }
-    splat_columns<T, R, 0>(tile, in + column, factor, stride, local + column);
+    splat_columns<0, T, R>(tile, in + column, factor, sums + column, stride);
   });
 }
 
 // Adds the further partial sums of vertices [begin, end) of the merge list to their first one.
 template <typename T>
-void merge_rows(const int32_t* vertex, const int32_t* rows_begin, int64_t begin, int64_t end,
-                const T* extra, int width, T* values) {
+void merge_rows(const int32_t* vertex, const int32_t* rows_begin, const int32_t* rows,
+                int64_t begin, int64_t end, int width, T* values) {
   for (int64_t i = begin; i < end; ++i) {
     T* target = values + static_cast<int64_t>(vertex[i]) * width;
+    if (width == 1) {
+      for (int64_t k = rows_begin[i]; k < rows_begin[i + 1]; ++k) *target += values[rows[k]];
+      continue;
+    }
     for_each_column_group<T>(width, [&](auto tag, int column) {
       using R = decltype(tag);
       R sum = R::load(target + column);
       for (int64_t k = rows_begin[i]; k < rows_begin[i + 1]; ++k) {
-        sum.add(R::load(extra + k * width + column));
+        sum.add(R::load(values + static_cast<int64_t>(rows[k]) * width + column));
       }
       sum.store(target + column);
     });
@@ -476,6 +577,20 @@ void merge_rows(const int32_t* vertex, const int32_t* rows_begin, int64_t begin,
 template <typename T>
 void blur_chains(const int32_t* chain_begin, const int32_t* vertex, int64_t begin, int64_t end,
                  int width, T* values) {
+  if (width == 1) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int32_t* last = vertex + chain_begin[c + 1] - 1;
+      T previous = 0, current = values[vertex[chain_begin[c]]];
+      for (const int32_t* v = vertex + chain_begin[c]; v < last; ++v) {
+        const T next = values[v[1]];
+        values[*v] = current + T(0.5) * (previous + next);
+        previous = current;
+        current = next;
+      }
+      values[*last] = current + T(0.5) * previous;
+    }
+    return;
+  }
   for_each_column_group<T>(width, [&](auto tag, int column) {
     using R = decltype(tag);
     T* base = values + column;
@@ -502,33 +617,16 @@ void blur_chains(const int32_t* chain_begin, const int32_t* vertex, int64_t begi
   });
 }
 
-#if FASTSEG_ISA_LEVEL >= 1
-// Transposes 8 x 8 floats.
-inline void transpose(__m256 (&v)[8]) {
-  __m256 t[8], u[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
-}
-#endif
-
 // Rows of `length` consecutive points, padded with `padding` up to `width` channels, from planar
 // data: channel c of point i at planes[c * plane + i]. Multiplies by `sign`.
 template <typename T>
 void load_rows(const T* planes, int64_t plane, int channels, int64_t length, T sign, T padding,
                int width, int stride, T* rows) {
   int64_t i = 0;
+  if (width == 1) {
+    for (; i < length; ++i) rows[i] = planes[i] * sign;
+    return;
+  }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
     for (; i + 8 <= length; i += 8) {
@@ -555,6 +653,10 @@ void load_rows(const T* planes, int64_t plane, int channels, int64_t length, T s
 template <typename T>
 void store_rows(const T* rows, int stride, int channels, int64_t length, int64_t plane, T* planes) {
   int64_t i = 0;
+  if (stride == 1) {
+    for (; i < length; ++i) planes[i] = rows[i];
+    return;
+  }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
     for (; i + 8 <= length; i += 8) {
@@ -572,22 +674,4 @@ void store_rows(const T* rows, int stride, int channels, int64_t length, int64_t
   for (; i < length; ++i) {
     for (int c = 0; c < channels; ++c) planes[c * plane + i] = rows[i * stride + c];
   }
-}
-
-// Subtracts its largest value from each row of `width` channels, which soft-max does not notice.
-// False if there is NaN or +inf, or a row without a finite value.
-template <typename T>
-bool shift_logits(T* rows, int points, int width) {
-  bool valid = true;
-  for (int p = 0; p < points; ++p, rows += width) {
-    T largest = -static_cast<T>(INFINITY);
-    int bad = 0;
-    for (int c = 0; c < width; ++c) {
-      bad |= !(rows[c] < static_cast<T>(INFINITY));
-      largest = rows[c] > largest ? rows[c] : largest;
-    }
-    valid &= bad == 0 && largest > -static_cast<T>(INFINITY);
-    for (int c = 0; c < width; ++c) rows[c] -= largest;
-  }
-  return valid;
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 MAX_FEATURES = 16
-_HEADER = ("points", "features", "height", "width", "vertices", "pairs", "simplices")
+_HEADER = ("points", "features", "height", "width", "vertices", "extra_rows", "simplices")
 
 
 class PermutohedralLattice:
