@@ -20,27 +20,28 @@
 namespace fastseg {
 
 constexpr int kTilePoints = 256;
+constexpr int kTileRows = 8;  // runs of 32 pixels are quick to transpose
 
 enum class Normalization : int64_t { kNone = 0, kBefore = 1, kAfter = 2, kSymmetric = 3 };
 
 // Cuts height x width points (row-major) into tiles. A plain list of points has height 1.
 struct Tiling {
-  int64_t height, width, tiles_y, tiles_x;
+  int64_t height, width, rows, columns, tiles_y, tiles_x;
 
   Tiling(int64_t height, int64_t width) : height(height), width(width) {
-    const int64_t rows = height >= 16 ? 16 : height > 0 ? height : 1;
-    const int64_t columns = kTilePoints / rows;
+    rows = std::clamp<int64_t>(height, 1, kTileRows);
+    columns = kTilePoints / rows / 16 * 16;
     tiles_y = (height + rows - 1) / rows;
     tiles_x = (width + columns - 1) / columns;
   }
   int64_t count() const { return tiles_y * tiles_x; }
-  int64_t row_begin(int64_t ty) const { return ty * height / tiles_y; }
-  int64_t column_begin(int64_t tx) const { return tx * width / tiles_x; }
+  int64_t row_begin(int64_t ty) const { return std::min(height, ty * rows); }
+  int64_t column_begin(int64_t tx) const { return std::min(width, tx * columns); }
   // Points before tile t, counting tile by tile.
   int64_t first_point(int64_t t) const {
     const int64_t ty = t / tiles_x, tx = t % tiles_x;
-    const int64_t y = row_begin(ty), rows = row_begin(ty + 1) - y;
-    return y * width + rows * column_begin(tx);
+    const int64_t y = row_begin(ty);
+    return y * width + (row_begin(ty + 1) - y) * column_begin(tx);
   }
   int64_t points(int64_t t) const { return first_point(t + 1) - first_point(t); }
   // Calls fn(begin, length, position): a run of points that lie at position.. within the tile.
@@ -62,7 +63,7 @@ struct Chunking {
 
   explicit Chunking(const Tiling& tiling) : tiles(tiling.count()) {
     const int64_t points = tiling.height * tiling.width;
-    const int64_t wanted = std::max(std::min<int64_t>(8, points / 2048), points / 16384);
+    const int64_t wanted = std::min(points / 2048, 8 + points / 131072 * 8);
     count = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(64, std::max<int64_t>(tiles, 1)));
   }
   int64_t first_tile(int64_t chunk) const { return chunk * tiles / count; }
@@ -139,7 +140,7 @@ struct Lattice {
 // What the tile kernels read of one tile.
 template <typename T>
 struct TileView {
-  int d1, points;
+  int d1, points, simplices;
   const int32_t* simplex_vertex;
   const int32_t* simplex_row;
   const uint16_t* point_simplex;
@@ -151,6 +152,7 @@ struct TileView {
   TileView(const Lattice<T>& lattice, int64_t tile, int64_t first_point, int64_t points,
            bool transposed = false)
       : d1(static_cast<int>(lattice.d() + 1)), points(static_cast<int>(points)) {
+    simplices = lattice.simplex_begin[tile + 1] - lattice.simplex_begin[tile];
     const int64_t simplex = static_cast<int64_t>(lattice.simplex_begin[tile]) * d1;
     simplex_vertex = lattice.simplex_vertex + simplex;
     simplex_row = lattice.simplex_row + simplex;

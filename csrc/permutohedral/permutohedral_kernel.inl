@@ -202,28 +202,36 @@ bool value_range(const T* values, int64_t n, T* low, T* high) {
   return sum == 0;
 }
 
-// For n points with the cells and ranks of locate_points: the key of the remainder-0 vertex, and a
-// number for the order of the ranks. Ranks 1..d-1 in base d + 1 and which of the other two
-// coordinates is larger: at most 63 bits for d = 16.
+// For n points, n a multiple of 16, with the cells and ranks of locate_points: the key of the
+// remainder-0 vertex, and a number for the order of the ranks. It holds ranks 1..d-1 and which of
+// the other two coordinates is larger: at most 63 bits.
 template <typename Key>
 void pack_simplices(const KeyFields<Key>& fields, int n, int stride, const int32_t* cell,
                     const int32_t* rank, Key* key, uint64_t* order) {
   const int d = fields.d;
-  for (int i = 0; i < n; ++i) {
-    key[i] = 0;
-    order[i] = rank[d * stride + i] > rank[i] ? 1 : 0;
-  }
-  for (int j = 1; j <= d; ++j) {
-    const auto low = static_cast<int32_t>(fields.low[j]);
-    const int shift = fields.shift[j];
-    for (int i = 0; i < n; ++i) {
-      key[i] += static_cast<Key>(static_cast<uint32_t>(cell[j * stride + i] - low)) << shift;
+  constexpr int kBlock = 16;
+  for (int i = 0; i < n; i += kBlock, cell += kBlock, rank += kBlock) {
+    Key k[kBlock] = {};
+    uint64_t o[kBlock];
+    for (int p = 0; p < kBlock; ++p) o[p] = rank[d * stride + p] > rank[p] ? 1 : 0;
+    for (int j = 1; j <= d; ++j) {
+      const auto low = static_cast<int32_t>(fields.low[j]);
+      const int shift = fields.shift[j];
+      const int32_t* c = cell + j * stride;
+      for (int p = 0; p < kBlock; ++p) {
+        k[p] += static_cast<Key>(static_cast<uint32_t>(c[p] - low)) << shift;
+      }
     }
-    if (j == d) break;
-    for (int i = 0; i < n; ++i) {
-      order[i] = order[i] * static_cast<uint64_t>(d + 1) +
-                 static_cast<uint64_t>(static_cast<uint32_t>(rank[j * stride + i]));
+    for (int j = 1; j < d; ++j) {
+      const int32_t* r = rank + j * stride;
+      if (d < 16) {
+        for (int p = 0; p < kBlock; ++p) o[p] = o[p] << 4 | static_cast<uint32_t>(r[p]);
+      } else {
+        for (int p = 0; p < kBlock; ++p) o[p] = o[p] * 17 + static_cast<uint32_t>(r[p]);
+      }
     }
+    __builtin_memcpy(key + i, k, sizeof(k));
+    __builtin_memcpy(order + i, o, sizeof(o));
   }
 }
 
@@ -479,9 +487,50 @@ inline void slice_scalars(const TileView<T>& tile, const T* values, T coefficien
     out[p] = (in == nullptr ? T(0) : in[p]) + coefficient * sum;
   }
 }
+#if FASTSEG_ISA_LEVEL >= 1
+// Lanes 0..d1-1.
+inline __m256i first_lanes(int d1) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(d1), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The same for d1 <= 8, a register per point: the vertices of each simplex are gathered once.
+inline void slice_short(const TileView<float>& tile, const float* values, float coefficient,
+                        const float* in, float* out) {
+  const int d1 = tile.d1;
+  alignas(32) float corner[kTilePoints * 8];
+  for (int s = 0; s < tile.simplices; ++s) {
+    const int32_t* vertex = tile.simplex_vertex + s * d1;
+    for (int r = 0; r < d1; ++r) corner[s * 8 + r] = values[vertex[r]];
+    for (int r = d1; r < 8; ++r) corner[s * 8 + r] = 0;
+  }
+  const __m256i mask = first_lanes(d1);
+  const float* weight = tile.weight;
+  for (int p = 0; p < tile.points; p += 8) {
+    __m256 v[8];
+    const int count = tile.points - p < 8 ? tile.points - p : 8;
+    for (int k = 0; k < 8; ++k) v[k] = __m256();
+    for (int k = 0; k < count; ++k, weight += d1) {
+      v[k] =
+          _mm256_maskload_ps(weight, mask) * _mm256_load_ps(corner + tile.point_simplex[p + k] * 8);
+    }
+    transpose(v);
+    __m256 sum = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    const __m256i points = first_lanes(count);
+    if (tile.slice_scale != nullptr) {
+      sum = sum * _mm256_maskload_ps(tile.slice_scale + p, points);
+    }
+    const __m256 start = in == nullptr ? __m256() : _mm256_maskload_ps(in + p, points);
+    _mm256_maskstore_ps(out + p, points, multiply_add(__m256() + coefficient, sum, start));
+  }
+}
+#endif
 template <typename T>
 void slice_tile(const TileView<T>& tile, const T* values, int width, const T* coefficient,
                 const T* in, T* out) {
+#if FASTSEG_ISA_LEVEL >= 1
+  if constexpr (sizeof(T) == 4) {
+    if (width == 1 && tile.d1 <= 8) return slice_short(tile, values, *coefficient, in, out);
+  }
+#endif
   if (width == 1) {
     if (tile.d1 == 3) return slice_scalars<3>(tile, values, *coefficient, in, out);
     if (tile.d1 == 6) return slice_scalars<6>(tile, values, *coefficient, in, out);
@@ -531,8 +580,36 @@ inline void splat_scalars(const TileView<T>& tile, const T* in, const T* factor,
     for (int r = 0; r < d1; ++r) sums[target[r]] += weight[r] * value;
   }
 }
+#if FASTSEG_ISA_LEVEL >= 1
+// The same for d1 <= 8, a register per point: summed by simplex, then by vertex.
+inline void splat_short(const TileView<float>& tile, const float* in, const float* factor,
+                        float* sums) {
+  const int d1 = tile.d1;
+  alignas(32) float corner[kTilePoints * 8];
+  for (int s = 0; s < tile.simplices; ++s) _mm256_store_ps(corner + s * 8, __m256());
+  const __m256i mask = first_lanes(d1);
+  const float* weight = tile.weight;
+  for (int p = 0; p < tile.points; ++p, weight += d1) {
+    float value = in[p];
+    if (factor != nullptr) value *= factor[p];
+    if (tile.splat_scale != nullptr) value *= tile.splat_scale[p];
+    float* target = corner + tile.point_simplex[p] * 8;
+    _mm256_store_ps(target, multiply_add(_mm256_maskload_ps(weight, mask), __m256() + value,
+                                         _mm256_load_ps(target)));
+  }
+  for (int s = 0; s < tile.simplices; ++s) {
+    const int32_t* row = tile.simplex_row + s * d1;
+    for (int r = 0; r < d1; ++r) sums[row[r]] += corner[s * 8 + r];
+  }
+}
+#endif
 template <typename T>
 void splat_tile(const TileView<T>& tile, const T* in, const T* factor, int width, T* sums) {
+#if FASTSEG_ISA_LEVEL >= 1
+  if constexpr (sizeof(T) == 4) {
+    if (width == 1 && tile.d1 <= 8) return splat_short(tile, in, factor, sums);
+  }
+#endif
   if (width == 1) {
     if (tile.d1 == 3) return splat_scalars<3>(tile, in, factor, sums);
     if (tile.d1 == 6) return splat_scalars<6>(tile, in, factor, sums);
@@ -629,7 +706,9 @@ void load_rows(const T* planes, int64_t plane, int channels, int64_t length, T s
   }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
-    for (; i + 8 <= length; i += 8) {
+    // The last eight points overlap those before them where the length is not a multiple of 8.
+    for (; i < length && length >= 8; i += 8) {
+      if (i + 8 > length) i = length - 8;
       for (int c = 0; c < width; c += 8) {
         __m256 v[8];
         for (int k = 0; k < 8; ++k) {
@@ -659,7 +738,8 @@ void store_rows(const T* rows, int stride, int channels, int64_t length, int64_t
   }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
-    for (; i + 8 <= length; i += 8) {
+    for (; i < length && length >= 8; i += 8) {
+      if (i + 8 > length) i = length - 8;
       for (int c = 0; c < channels; c += 8) {
         __m256 v[8];
         for (int k = 0; k < 8; ++k) v[k] = _mm256_loadu_ps(rows + (i + k) * stride + c);
