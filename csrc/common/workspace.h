@@ -15,7 +15,7 @@
 
 namespace fastseg {
 
-// Freed blocks, kept for reuse up to a total of kKept bytes.
+// Freed blocks, kept for reuse up to a total of kKept bytes; the newest stay.
 class WorkspacePool {
  public:
   static constexpr size_t kKept = size_t{256} << 20;
@@ -60,15 +60,21 @@ class WorkspacePool {
   }
 
   void give(Block block) {
-    {
+    std::vector<void*> evicted;  // the oldest ones, freed without the lock
+    if (block.bytes > kKept) {
+      evicted.push_back(block.data);
+    } else {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_ + block.bytes <= kKept) {
-        kept_ += block.bytes;
-        free_.push_back(block);
-        return;
+      size_t oldest = 0;
+      for (; kept_ + block.bytes > kKept; ++oldest) {
+        kept_ -= free_[oldest].bytes;
+        evicted.push_back(free_[oldest].data);
       }
+      free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(oldest));
+      kept_ += block.bytes;
+      free_.push_back(block);
     }
-    std::free(block.data);
+    for (void* data : evicted) std::free(data);
   }
 
  private:

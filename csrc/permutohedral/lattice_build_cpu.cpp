@@ -78,31 +78,43 @@ class KeyTable {
   std::vector<Key> keys_;
 };
 
-// Numbers the simplices of one tile; emptied by an epoch count.
+// Numbers the simplices of a tile in the order of their first points. Without branches that depend
+// on the data, except where two simplices meet in a slot: simplices change with every other point.
 template <typename Key>
-class SimplexTable {
+class TileSimplices {
  public:
-  SimplexTable() : slots_(2 * kTilePoints, {Key(), 0, 0, 0}) {}
-  void clear() { ++epoch_; }
-  // The number of the simplex, which becomes `id` if it was not there.
-  uint16_t insert(Key vertex, uint64_t order, uint16_t id) {
-    const uint64_t hash = hash_key(vertex) + (order * 0xd1342543de82ef95u >> 40);
-    for (size_t at = hash % (2 * kTilePoints);; at = (at + 1) % (2 * kTilePoints)) {
-      Slot& slot = slots_[at];
-      if (slot.epoch != epoch_) slot = {vertex, order, epoch_, id};
-      if (slot.vertex == vertex && slot.order == order) return slot.id;
+  int count = 0;
+  uint8_t first_point[kTilePoints];  // of each simplex
+
+  void find(int n, const Key* key, const uint64_t* order, uint16_t* simplex) {
+    for (int i = n; i-- > 0;) {
+      hash_[i] = hash_key(key[i] ^ static_cast<Key>(order[i] * 0xd1342543de82ef95u)) % kSlots;
+      slots_[hash_[i]] = static_cast<uint8_t>(i);
+    }
+    const auto same = [&](int i, int j) { return key[i] == key[j] && order[i] == order[j]; };
+    uint16_t number[kTilePoints];
+    int crowded[kTilePoints], crowd = 0;  // first points of simplices without a slot
+    count = 0;
+    for (int i = 0; i < n; ++i) {
+      int first = slots_[hash_[i]];
+      if (!same(first, i)) {
+        int k = 0;
+        while (k < crowd && !same(crowded[k], i)) ++k;
+        if (k == crowd) crowded[crowd++] = i;
+        first = crowded[k];
+      }
+      number[i] = static_cast<uint16_t>(count);
+      first_point[count] = static_cast<uint8_t>(i);
+      simplex[i] = number[first];
+      count += first == i;
     }
   }
 
  private:
-  struct Slot {
-    Key vertex;
-    uint64_t order;
-    uint32_t epoch;
-    uint16_t id;
-  };
-  uint32_t epoch_ = 0;
-  std::vector<Slot> slots_;
+  static constexpr int kSlots = 2048;
+  static_assert(kTilePoints <= 256, "points of a tile are numbered in 8 bits");
+  uint16_t hash_[kTilePoints];
+  uint8_t slots_[kSlots] = {};
 };
 
 template <typename Key, typename T>
@@ -154,7 +166,7 @@ class Builder {
     Workspace<int32_t> cell, rank;
     Workspace<Key> key;
     Workspace<uint64_t> order;
-    SimplexTable<Key> simplices;
+    TileSimplices<Key> simplices;
   };
 
   int64_t first_point(int64_t chunk) const {
@@ -200,22 +212,12 @@ class Builder {
                                   s.key.data(), s.order.data());
     }
 
-    s.simplices.clear();
-    const Key* key = s.key.data();
-    const uint64_t* order = s.order.data();
-    uint16_t* simplex = point_simplex_.data() + first;
-    int count = 0;
-    for (int i = 0; i < n; ++i) {
-      if (i > 0 && key[i] == key[i - 1] && order[i] == order[i - 1]) {
-        simplex[i] = simplex[i - 1];
-        continue;
-      }
-      simplex[i] = s.simplices.insert(key[i], order[i], static_cast<uint16_t>(count));
-      if (simplex[i] < count) continue;
-      ++count;
+    s.simplices.find(n, s.key.data(), s.order.data(), point_simplex_.data() + first);
+    for (int k = 0; k < s.simplices.count; ++k) {
+      const int i = s.simplices.first_point[k];
       int axis_of_rank[kMaxFeatures + 1];
       for (int j = 0; j < d1; ++j) axis_of_rank[s.rank[j * kStride + i]] = j;
-      Key vertex = key[i];
+      Key vertex = s.key[i];
       for (int r = 0; r < d1; ++r) {
         *simplex_vertex++ = vertices->insert(vertex);
         vertex = next_in_simplex(fields_, vertex, axis_of_rank[d_ - r]);
@@ -229,7 +231,7 @@ class Builder {
       }
     }
     std::copy_n(s.weight_rows.data(), n * d1, weight_.data() + first * d1);
-    return count;
+    return s.simplices.count;
   }
 
   // Gives every distinct key a number in the order of first use, and every (chunk, vertex) pair a

@@ -497,12 +497,13 @@ inline void slice_short(const TileView<float>& tile, const float* values, float 
                         const float* in, float* out) {
   const int d1 = tile.d1;
   alignas(32) float corner[kTilePoints * 8];
+  const __m256i mask = first_lanes(d1);
   for (int s = 0; s < tile.simplices; ++s) {
     const int32_t* vertex = tile.simplex_vertex + s * d1;
-    for (int r = 0; r < d1; ++r) corner[s * 8 + r] = values[vertex[r]];
-    for (int r = d1; r < 8; ++r) corner[s * 8 + r] = 0;
+    _mm256_store_ps(corner + s * 8,
+                    _mm256_mask_i32gather_ps(__m256(), values, _mm256_maskload_epi32(vertex, mask),
+                                             _mm256_castsi256_ps(mask), 4));
   }
-  const __m256i mask = first_lanes(d1);
   const float* weight = tile.weight;
   for (int p = 0; p < tile.points; p += 8) {
     __m256 v[8];
