@@ -115,6 +115,11 @@ struct Row {
     for (int i = 0; i < kFull; ++i) full[i] = full[i] + other.full[i];
     if constexpr (kHalf) half = half + other.half;
   }
+  void add_to_all(T s) {
+    const V all = broadcast<V>(s);
+    for (int i = 0; i < kFull; ++i) full[i] = full[i] + all;
+    if constexpr (kHalf) half = half + first_half(all);
+  }
   void scale(T s) {
     for (int i = 0; i < kFull; ++i) full[i] = full[i] * s;
     if constexpr (kHalf) half = half * s;
@@ -139,6 +144,19 @@ inline __attribute__((always_inline)) void for_each_column_group(int width, Fn&&
     case 24:
       return fn(Row<T, 3>(), column);
   }
+}
+
+// Calls fn(Row type, column, stride): a row that fits one column group has a constant stride.
+template <typename T, typename Fn>
+inline __attribute__((always_inline)) void for_each_column_stride(int width, Fn&& fn) {
+  for_each_column_group<T>(width, [&](auto tag, int column) {
+    using R = decltype(tag);
+    if (width == R::kChannels) {
+      fn(tag, 0, std::integral_constant<int64_t, R::kChannels>());
+    } else {
+      fn(tag, column, static_cast<int64_t>(width));
+    }
+  });
 }
 
 // The simplices of n points, n a multiple of 16. features[k * stride + i] is feature k of point i,
@@ -351,9 +369,15 @@ bool subtract_largest(T* rows, int points, int width) {
   reduce_rows(rows, points, width, largest, [](auto a, auto b) { return a > b ? a : b; });
   int finite = 1;
   for (int p = 0; p < points; ++p) finite &= largest[p] * 0 == 0;
-  for (int p = 0; p < points; ++p) {
-    for (int c = 0; c < width; ++c) rows[p * width + c] -= largest[p];
-  }
+  for_each_column_stride<T>(width, [&](auto tag, int column, auto stride) {
+    using R = decltype(tag);
+    T* row = rows + column;
+    for (int p = 0; p < points; ++p, row += stride) {
+      R shifted = R::load(row);
+      shifted.add_to_all(-largest[p]);
+      shifted.store(row);
+    }
+  });
   return finite != 0;
 }
 
@@ -431,19 +455,6 @@ void scale_rows(T* rows, int points, int width, const T* factor) {
       R row = R::load(rows + p * width + column);
       row.scale(factor[p]);
       row.store(rows + p * width + column);
-    }
-  });
-}
-
-// Calls fn(Row type, column, stride): a row that fits one column group has a constant stride.
-template <typename T, typename Fn>
-inline __attribute__((always_inline)) void for_each_column_stride(int width, Fn&& fn) {
-  for_each_column_group<T>(width, [&](auto tag, int column) {
-    using R = decltype(tag);
-    if (width == R::kChannels) {
-      fn(tag, 0, std::integral_constant<int64_t, R::kChannels>());
-    } else {
-      fn(tag, column, static_cast<int64_t>(width));
     }
   });
 }
@@ -707,10 +718,11 @@ void load_rows(const T* planes, int64_t plane, int channels, int64_t length, T s
   }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
-    // The last eight points overlap those before them where the length is not a multiple of 8.
-    for (; i < length && length >= 8; i += 8) {
-      if (i + 8 > length) i = length - 8;
-      for (int c = 0; c < width; c += 8) {
+    // Eight planes at a time, as a core keeps the addresses of few pages at hand. The last eight
+    // points overlap those before them where the length is not a multiple of 8.
+    for (int c = 0; c < width && length >= 8; c += 8) {
+      for (i = 0; i < length; i += 8) {
+        if (i + 8 > length) i = length - 8;
         __m256 v[8];
         for (int k = 0; k < 8; ++k) {
           v[k] = c + k < channels ? _mm256_loadu_ps(planes + (c + k) * plane + i) * sign
@@ -739,9 +751,9 @@ void store_rows(const T* rows, int stride, int channels, int64_t length, int64_t
   }
 #if FASTSEG_ISA_LEVEL >= 1
   if constexpr (sizeof(T) == 4) {
-    for (; i < length && length >= 8; i += 8) {
-      if (i + 8 > length) i = length - 8;
-      for (int c = 0; c < channels; c += 8) {
+    for (int c = 0; c < channels && length >= 8; c += 8) {
+      for (i = 0; i < length; i += 8) {
+        if (i + 8 > length) i = length - 8;
         __m256 v[8];
         for (int k = 0; k < 8; ++k) v[k] = _mm256_loadu_ps(rows + (i + k) * stride + c);
         transpose(v);

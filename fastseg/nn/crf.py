@@ -139,9 +139,9 @@ class DenseCRF(nn.Module):
     def energies(self, x: Tensor) -> Tensor:
         """The unary energies of ``x``: negative log-probabilities, (N, L, \\*spatial)."""
         if self.unary == "logits":
-            return -torch.log_softmax(x.float() if x.dtype != torch.float64 else x, 1)
+            return -torch.log_softmax(_as_float(x), 1)
         if self.unary == "probs":
-            return -(x.float() if x.dtype != torch.float64 else x).clamp_min(self.clip).log()
+            return -_as_float(x).clamp_min(self.clip).log()
         if torch.is_floating_point(x) or torch.is_complex(x):
             raise ValueError(f"DenseCRF: labels must be integers, got {x.dtype}")
         classes = self.num_classes
@@ -181,7 +181,8 @@ class DenseCRF(nn.Module):
         return weight if self.compatibility is None else weight * self.compatibility
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
-        energy = self.energies(x)
+        # Soft-max ignores what log_softmax would add to each point.
+        energy = -_as_float(x) if self.unary == "logits" else self.energies(x)
         spatial = energy.shape[2:]
         if image is not None and (
             image.dim() != energy.dim()
@@ -206,6 +207,10 @@ class DenseCRF(nn.Module):
             f"bilateral={self.bilateral_widths}, unary={self.unary!r}, "
             f"normalization={self.normalization!r}"
         )
+
+
+def _as_float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _terms(name: str, value: Sequence[Any] | None, length: int) -> list[tuple[Any, ...]]:
