@@ -33,10 +33,16 @@ FASTSEG_INLINE void store_stream(BFloat16* p, Vec v) {
 #endif
 }
 
-FASTSEG_INLINE float to_float(float v) { return v; }
-FASTSEG_INLINE float to_float(BFloat16 v) { return static_cast<float>(v); }
-FASTSEG_INLINE void store_scalar(float* p, float v) { *p = v; }
-FASTSEG_INLINE void store_scalar(BFloat16* p, float v) { *p = BFloat16(v); }
+FASTSEG_INLINE Vec load_part(const BFloat16* p, int64_t n) {
+  Halves halves{};
+  for (int64_t i = 0; i < n; ++i) halves[i] = p[i].x;
+  return (Vec)(__builtin_convertvector(halves, Words) << 16);
+}
+
+FASTSEG_INLINE void store_part(BFloat16* p, int64_t n, Vec v) {
+  const Halves halves = narrow(v);
+  for (int64_t i = 0; i < n; ++i) p[i].x = halves[i];
+}
 
 // n values of storage type to n operands.
 template <typename T>

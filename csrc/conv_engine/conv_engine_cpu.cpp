@@ -146,23 +146,10 @@ int64_t panel_index(int64_t d, int64_t column) {
 
 // taps: the length of the k x 1 or 1 x k kernel.
 void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  using Scheme = Winograd<5, 5>;
-  const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
-  double rows[Scheme::kProducts][5];
-  for (int i = 0; i < Scheme::kProducts; ++i) Scheme::weight_row(i, rows[i]);
-  parallel_tasks(columns, [&](int64_t column) {
-    const int64_t k = column % K, first_tap = column / K * 5;
-    float* dst = packed + column / kPanel * Scheme::kProducts * depth * kPanel + column % kPanel;
-    for (int64_t c = 0; c < C; ++c) {
-      for (int i = 0; i < Scheme::kProducts; ++i) {
-        double u = 0;
-        for (int64_t j = 0; j < std::min<int64_t>(5, taps - first_tap); ++j) {
-          u += rows[i][j] * weight[(k * C + c) * taps + first_tap + j];
-        }
-        dst[(i * depth + c) * kPanel] = static_cast<float>(u);
-      }
-    }
-  });
+  using Conv = Convolution<float, float>;
+  const auto pack = FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::pack);
+  parallel_tasks(ceil_div(C, kGroup),
+                 [&](int64_t group) { pack(weight, K, C, taps, group * kGroup, packed); });
 }
 
 template <class Scheme, typename E>

@@ -28,12 +28,9 @@ static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, co
     if (residual) v += load(residual + k + i);
     store_output(conv, v, y + k + i);
   }
-  for (; i < columns; ++i) {
-    float v = sums[i] + conv.bias[k + i];
-    if (residual) v += to_float(residual[k + i]);
-    if (conv.activation != Activation::kNone && v < 0) {
-      v = conv.activation == Activation::kRelu ? 0 : conv.slope * v;
-    }
-    store_scalar(y + k + i, v);
+  if (i < columns) {  // sums and bias are padded to whole vectors, images are not
+    Vec v = load(sums + i) + load(conv.bias + k + i);
+    if (residual) v += load_part(residual + k + i, columns - i);
+    store_part(y + k + i, columns - i, activate(v, conv.activation, conv.slope));
   }
 }

@@ -18,6 +18,24 @@ typedef Vec UnalignedVec __attribute__((aligned(sizeof(float))));
 FASTSEG_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 FASTSEG_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
+// The first n < kLanes values at p; the others are 0 and are not touched.
+FASTSEG_INLINE Vec load_part(const float* p, int64_t n) {
+#if FASTSEG_ISA_LEVEL >= 2
+  return n <= 0 ? Vec{} : (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Vec v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+FASTSEG_INLINE void store_part(float* p, int64_t n, Vec v) {
+#if FASTSEG_ISA_LEVEL >= 2
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
 // Writes past the caches; p must be aligned to the vector.
 FASTSEG_INLINE void store_stream(float* p, Vec v) {
 #if FASTSEG_ISA_LEVEL >= 2

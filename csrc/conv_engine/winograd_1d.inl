@@ -5,9 +5,10 @@
 // product; with few output channels that also fills the panels (3 groups x 21 channels = 63
 // columns).
 //   lines: rows of a 1 x k, columns of a k x 1 convolution, counted over all images
+//   rows: (tile, line); where lines are few, a step takes several tiles at once
 //   packed weight: [panel of (group, output channel)][point][C, a whole number of lines][kPanel]
-//   V: [point][C / kLine][lines][kLine]
-//   P (products) of one tile: [point][line][column]; the last `groups` tiles are kept in a ring
+//   V of a step: [point][C / kLine][rows][kLine]
+//   P (products): [point][tile][line][column], a ring of tiles
 
 template <class Conv>
 struct Winograd1dKernel {
@@ -19,44 +20,75 @@ struct Winograd1dKernel {
     const Sizes s(conv, end - begin);
     E* v = reinterpret_cast<E*>(scratch);
     float* ring = scratch + s.v_size / kPerWord<E>;
-    T* zeros = reinterpret_cast<T*>(ring + s.groups * s.p_size);
+    T* zeros = reinterpret_cast<T*>(ring + s.p_size);
     for (int64_t c = 0; c < s.C; ++c) zeros[c] = 0;
-    const int64_t blocks = ceil_div(s.lines, kRows);
-    for (int64_t t = 0; t < s.tiles + s.groups - 1; ++t) {
-      transform_input(conv, s, begin, t, zeros, v);
-      float* p = ring + t % s.groups * s.p_size;
-      for (int64_t panel = 0; panel < s.panels; ++panel) {
-        const int64_t left = s.groups * conv.K - panel * kPanel;
-        for (int64_t point = 0; point < kProducts; ++point) {
-          const E* b = conv.weight + (panel * kProducts + point) * s.C * kPanel;
-          for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = part_begin(s.lines, blocks, i);
-            const int64_t rows = part_begin(s.lines, blocks, i + 1) - first;
-            const E* a = v + point * s.v_point + first * s.C;
-            float* out = p + (point * s.lines + first) * s.columns + panel * kPanel;
-            gemm_tile(rows, left < kPanel ? left : kPanel, a, b, s.C,
-                      StoreTile{out, false, s.columns});
-          }
-        }
+    int64_t done = 0;  // output tiles
+    for (int64_t t = s.first_tile; t < s.last_tile || done < s.tiles; t += s.step) {
+      const int64_t stop = t + s.step < s.last_tile ? t + s.step : s.last_tile;
+      if (t < stop) {
+        transform_input(conv, s, begin, t, stop, zeros, v);
+        multiply(conv, s, t, stop, v, ring);
       }
-      if (t >= s.groups - 1) transform_output(conv, s, begin, t - (s.groups - 1), ring);
+      for (; done < s.tiles && (done + s.groups <= stop || stop >= s.last_tile); ++done) {
+        transform_output(conv, s, begin, done, ring);
+      }
     }
   }
 
   // Floats of scratch memory that run() needs for so many lines.
   static int64_t scratch_size(const Conv& conv, int64_t lines) {
     const Sizes s(conv, lines);
-    return s.v_size / kPerWord<E> + s.groups * s.p_size + s.C + kLanes;
+    return s.v_size / kPerWord<E> + s.p_size + s.C + kLanes;
+  }
+
+  // Channels [first, first + kGroup) of the weights (K, C, taps) to their packed form, padding
+  // included. Points are the lanes here: a point by itself would gather its taps one by one.
+  static void pack(const float* weight, int64_t K, int64_t C, int64_t taps, int64_t first,
+                   float* packed) {
+    constexpr int kPoints = 16;  // kProducts, padded
+    double rows[5][kPoints] = {};
+    for (int i = 0; i < kProducts; ++i) {
+      double row[5];
+      Scheme::weight_row(i, row);
+      for (int j = 0; j < 5; ++j) rows[j][i] = row[j];
+    }
+    const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      float* panel = packed + column * kProducts * depth;
+      for (int64_t c = first; c < first + kGroup; ++c) {
+        alignas(64) float u[kPanel][kPoints] = {};
+        for (int64_t i = 0; i < kPanel && column + i < columns && c < C; ++i) {
+          const int64_t k = (column + i) % K, tap = (column + i) / K * 5;
+          const float* w = weight + (k * C + c) * taps + tap;
+          double sums[kPoints] = {};
+          for (int64_t j = 0; j < (taps - tap < 5 ? taps - tap : 5); ++j) {
+#pragma GCC unroll 16
+            for (int point = 0; point < kPoints; ++point) sums[point] += rows[j][point] * w[j];
+          }
+          for (int point = 0; point < kPoints; ++point) {
+            u[i][point] = static_cast<float>(sums[point]);
+          }
+        }
+        for (int point = 0; point < kProducts; ++point) {
+          float* dst = panel + (point * depth + c) * kPanel;
+          for (int64_t i = 0; i < kPanel; ++i) dst[i] = u[i][point];
+        }
+      }
+    }
   }
 
  private:
   using Scheme = Winograd<5, 5>;
   static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
+  // Rows of a step: the weights are read once for so many.
+  static constexpr int64_t kStepRows = 42;
 
   struct Sizes {
     bool vertical;
     int64_t lines, C, length, outputs, pad, tiles, groups, panels, columns;
-    int64_t v_point, v_size, p_size;
+    int64_t first_tile, last_tile;  // tiles [first, last) see input, the others only padding
+    int64_t step, slots;            // tiles of a step and of the ring
+    int64_t v_point, v_size, p_point, p_size;
 
     Sizes(const Conv& conv, int64_t lines)
         : vertical(conv.S == 1),
@@ -68,55 +100,83 @@ struct Winograd1dKernel {
           tiles(ceil_div(outputs, kOut)),
           groups(ceil_div(vertical ? conv.R : conv.S, 5)),
           panels(ceil_div(groups * conv.K, kPanel)),
-          columns(panels * kPanel),
-          v_point(C * lines + kLine<E>),
-          v_size(kProducts * v_point),
-          p_size(kProducts * lines * columns) {}
+          columns(panels * kPanel) {
+      first_tile = pad < kIn ? 0 : (pad - kIn) / kOut + 1;
+      last_tile = ceil_div(length + pad, kOut);
+      if (last_tile > tiles + groups - 1) last_tile = tiles + groups - 1;
+      step = kStepRows / lines;
+      if (step > last_tile - first_tile) step = last_tile - first_tile;
+      if (step < 1) step = 1;
+      slots = round_up(groups - 1 + step, step);  // so that the tiles of a step are neighbours
+      v_point = C * lines * step + kLine<E>;
+      v_size = kProducts * v_point;
+      p_point = slots * lines * columns + kGroup;
+      p_size = kProducts * p_point;
+    }
+
+    bool sees_input(int64_t t) const { return t >= first_tile && t < last_tile; }
+    // Where the first point of tile t, line 0 begins in P.
+    int64_t slot(int64_t t) const { return (t - first_tile) % slots * lines * columns; }
   };
 
-  // Tile t of every line to V, block by block of rows of the register tile.
+  // Tiles [t, stop) of every line to V, block by block of rows of the register tile.
   static void transform_input(const Conv& conv, const Sizes& s, int64_t begin, int64_t t,
-                              const T* zeros, E* v) {
-    const int64_t blocks = ceil_div(s.lines, kRows);
+                              int64_t stop, const T* zeros, E* v) {
     const int64_t across = s.vertical ? conv.W : conv.H;
+    const int64_t next = s.vertical ? conv.x.row : conv.x.pixel;  // along the line
+    const int64_t total = (stop - t) * s.lines, blocks = ceil_div(total, kRows);
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(s.lines, blocks, i);
-      const int64_t rows = part_begin(s.lines, blocks, i + 1) - first;
+      const int64_t first = part_begin(total, blocks, i);
+      const int64_t rows = part_begin(total, blocks, i + 1) - first;
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t line = begin + first + r;
+        const int64_t tile = t + (first + r) / s.lines, line = begin + (first + r) % s.lines;
+        const int64_t n = line / across, at_line = line - n * across;
+        const T* start = s.vertical ? conv.x.at(n, 0, at_line) : conv.x.at(n, at_line, 0);
         const T* src[kIn];
         for (int j = 0; j < kIn; ++j) {
-          const int64_t at = t * kOut + j - s.pad;
-          src[j] = at < 0 || at >= s.length ? zeros
-                   : s.vertical             ? conv.x.at(line / across, at, line % across)
-                                            : conv.x.at(line / across, line % across, at);
+          const int64_t at = tile * kOut + j - s.pad;
+          src[j] = at < 0 || at >= s.length ? zeros : start + at * next;
         }
-        for (int64_t c = 0; c < conv.C; c += kLine<E>) {
-          E* dst = v + first * s.C + c * rows + r * kLine<E>;
-          if (c + kLine<E> <= conv.C) {
-            transform_group(src, c, dst, s.v_point);
-          } else {
-            alignas(64) T last[kIn][kLine<E>] = {};  // C is not a whole number of groups
-            const T* padded[kIn];
-            for (int j = 0; j < kIn; ++j) {
-              padded[j] = last[j];
-              for (int64_t l = 0; l < conv.C - c; ++l) last[j][l] = src[j][c + l];
+        E* dst = v + first * s.C + r * kLine<E>;
+        for (int64_t c = 0; c < s.C; c += kLine<E>, dst += rows * kLine<E>) {
+          for (int64_t l = 0; l < kLine<E>; l += kLanes) {
+            Vec d[kIn], products[kProducts];
+            if (c + l + kLanes <= conv.C) {
+#pragma GCC unroll 16
+              for (int j = 0; j < kIn; ++j) d[j] = load(src[j] + c + l);
+            } else {
+#pragma GCC unroll 16
+              for (int j = 0; j < kIn; ++j) d[j] = load_part(src[j] + c + l, conv.C - c - l);
             }
-            transform_group(padded, 0, dst, s.v_point);
+            input_transform(Scheme{}, d, products);
+#pragma GCC unroll 16
+            for (int j = 0; j < kProducts; ++j) store(dst + j * s.v_point + l, products[j]);
           }
         }
       }
     }
   }
 
-  static void transform_group(const T* const (&src)[kIn], int64_t c, E* dst, int64_t point_stride) {
-    for (int64_t l = 0; l < kLine<E>; l += kLanes) {
-      Vec d[kIn], v[kProducts];
-#pragma GCC unroll 16
-      for (int j = 0; j < kIn; ++j) d[j] = load(src[j] + c + l);
-      input_transform(Scheme{}, d, v);
-#pragma GCC unroll 16
-      for (int j = 0; j < kProducts; ++j) store(dst + j * point_stride + l, v[j]);
+  // The products of tiles [t, stop) with the groups that meet them.
+  static void multiply(const Conv& conv, const Sizes& s, int64_t t, int64_t stop, const E* v,
+                       float* ring) {
+    const int64_t total = (stop - t) * s.lines, blocks = ceil_div(total, kRows);
+    for (int64_t panel = 0; panel < s.panels; ++panel) {
+      // Group g of tile t belongs to output tile t - g.
+      const int64_t left = s.groups * conv.K - panel * kPanel;
+      const int64_t first_group = panel * kPanel / conv.K;
+      const int64_t last_group = (panel * kPanel + (left < kPanel ? left : kPanel) - 1) / conv.K;
+      if (stop - 1 < first_group || t - last_group >= s.tiles) continue;
+      for (int64_t point = 0; point < kProducts; ++point) {
+        const E* b = conv.weight + (panel * kProducts + point) * s.C * kPanel;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t first = part_begin(total, blocks, i);
+          const int64_t rows = part_begin(total, blocks, i + 1) - first;
+          float* out = ring + point * s.p_point + s.slot(t) + first * s.columns + panel * kPanel;
+          gemm_tile(rows, left < kPanel ? left : kPanel, v + point * s.v_point + first * s.C, b,
+                    s.C, StoreTile{out, false, s.columns});
+        }
+      }
     }
   }
 
@@ -131,13 +191,12 @@ struct Winograd1dKernel {
         const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
         alignas(64) float sums[kOut][kPanel];
         for (int64_t l = 0; l < columns; l += kLanes) {
-          Vec m[kProducts], y[kOut];
-          for (int j = 0; j < kProducts; ++j) {
-            const float* p = ring + (j * s.lines + line) * s.columns + k + l;
-            m[j] = load(p + t % s.groups * s.p_size);
-            for (int64_t g = 1; g < s.groups; ++g) {
-              m[j] += load(p + (t + g) % s.groups * s.p_size + g * conv.K);
-            }
+          Vec m[kProducts] = {}, y[kOut];
+          for (int64_t g = 0; g < s.groups; ++g) {
+            if (!s.sees_input(t + g)) continue;
+            const float* p = ring + s.slot(t + g) + line * s.columns + g * conv.K + k + l;
+#pragma GCC unroll 16
+            for (int j = 0; j < kProducts; ++j) m[j] += load(p + j * s.p_point);
           }
           output_transform(Scheme{}, m, y);
 #pragma GCC unroll 8

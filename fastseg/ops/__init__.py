@@ -10,6 +10,13 @@ from .dense_crf import (
     gaussian_features,
     gaussian_lattice,
 )
+from .gcn_conv import (
+    PackedGlobalConv,
+    global_conv2d,
+    global_conv2d_packed,
+    global_conv2d_reference,
+    pack_global_conv2d,
+)
 from .max_unpool import from_torch_indices, max_pool2d, max_unpool2d, to_torch_indices
 from .permutohedral import (
     PermutohedralLattice,
@@ -25,6 +32,7 @@ from .upsample import (
 
 __all__ = [
     "PackedConv",
+    "PackedGlobalConv",
     "PairwiseTerm",
     "PermutohedralLattice",
     "bilateral_features",
@@ -38,9 +46,13 @@ __all__ = [
     "from_torch_indices",
     "gaussian_features",
     "gaussian_lattice",
+    "global_conv2d",
+    "global_conv2d_packed",
+    "global_conv2d_reference",
     "max_pool2d",
     "max_unpool2d",
     "pack_conv",
+    "pack_global_conv2d",
     "permutohedral_filter",
     "permutohedral_filter_reference",
     "to_torch_indices",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
 from .patterns import faster_pool
@@ -58,7 +59,8 @@ def optimize(
     if accuracy not in ("default", "strict"):
         raise ValueError(f'optimize: accuracy must be "default" or "strict", got {accuracy!r}')
     report: Report = []
-    fast = _optimize(_inference_form(copy.deepcopy(model)), {"accuracy": accuracy}, report, "")
+    form = _inference_form(copy.deepcopy(model), accuracy, report, "")
+    fast = _optimize(form, {"accuracy": accuracy}, report, "")
     _place_of_notes(fast)[NOTES] = report
     return fast
 
@@ -116,15 +118,21 @@ class Part(nn.Module):
         return len(self.own)  # type: ignore[arg-type]
 
 
-def _inference_form(module: nn.Module) -> nn.Module:
+def _inference_form(module: nn.Module, accuracy: str, report: Report, name: str) -> nn.Module:
     """``module`` with every part replaced that has its own form for inference."""
+    if isinstance(module, GlobalConv2d):
+        if accuracy != "default" or not packable(module):
+            return module.unfuse()
+        packed = PackedGlobalConv2d(module)
+        report.append((name, f"fused large kernel, {packed.extra_repr()}"))
+        return packed
     form = getattr(module, "inference_form", None)
     if form is not None:
         return form()
-    for name, child in module.named_children():
-        new = _inference_form(child)
+    for child_name, child in module.named_children():
+        new = _inference_form(child, accuracy, report, _join(name, child_name))
         if new is not child:
-            setattr(module, name, new)
+            setattr(module, child_name, new)
     return module
 
 
