@@ -154,26 +154,11 @@ void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, f
 
 template <class Scheme, typename E>
 void pack_winograd(const float* weight, int64_t K, int64_t C, E* packed) {
-  constexpr int kProducts = Scheme::kProducts;
-  const int64_t depth = round_up(C, kLine<E>);
-  double g[kProducts][3];
-  for (int i = 0; i < kProducts; ++i) Scheme::weight_row(i, g[i]);
-  parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
-    for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
-      for (int64_t c = 0; c < C; ++c) {
-        const float* w = weight + (k * C + c) * 9;
-        E* dst = packed + panel * kProducts * kProducts * depth * kPanel + panel_index<E>(c, k);
-        for (int i = 0; i < kProducts; ++i) {
-          double half[3];
-          for (int s = 0; s < 3; ++s)
-            half[s] = g[i][0] * w[s] + g[i][1] * w[3 + s] + g[i][2] * w[6 + s];
-          for (int j = 0; j < kProducts; ++j) {
-            const double u = g[j][0] * half[0] + g[j][1] * half[1] + g[j][2] * half[2];
-            dst[(i * kProducts + j) * depth * kPanel] = static_cast<E>(static_cast<float>(u));
-          }
-        }
-      }
-    }
+  using Conv = Convolution<E, E>;
+  const auto pack = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::pack);
+  const int64_t groups = ceil_div(C, kLine<E>);
+  parallel_tasks(ceil_div(K, kPanel) * groups, [&](int64_t task) {
+    pack(weight, K, C, task / groups, task % groups * kLine<E>, packed);
   });
 }
 
