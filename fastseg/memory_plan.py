@@ -28,11 +28,12 @@ METHODS = ("mean", "size")
 class Buffers(threading.local):
     """One set of flat tensors per thread, so that calls in several threads do not meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.flat: dict[int, Tensor] = {}
 
     def __reduce__(self) -> tuple:
-        return Buffers, ()  # copies start empty
+        return Buffers, (self.dtype,)  # copies start empty
 
     def image(self, slot: int, shape: Sequence[int]) -> Tensor:
         """A channels-last image (N, C, H, W) in this slot, with whatever values it has."""
@@ -40,7 +41,7 @@ class Buffers(threading.local):
         flat = self.flat.get(slot)
         if flat is None or flat.numel() < N * C * H * W:
             with torch.inference_mode(False):
-                flat = self.flat[slot] = torch.empty(N * C * H * W)
+                flat = self.flat[slot] = torch.empty(N * C * H * W, dtype=self.dtype)
         return flat.as_strided((N, C, H, W), (H * W * C, 1, W * C, C))
 
 
@@ -82,11 +83,11 @@ class Concat(nn.Module):
         return out
 
 
-def plan_memory(traced: fx.GraphModule) -> None:
-    """Give the packed convolutions of this graph their places."""
+def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> None:
+    """Give the packed convolutions of this graph, whose results are ``dtype``, their places."""
     graph, modules = traced.graph, dict(traced.named_modules())
     position = {node: i for i, node in enumerate(graph.nodes)}
-    buffers = Buffers()
+    buffers = Buffers(dtype)
 
     def packed(node: fx.Node) -> PackedConv2d | None:
         module = modules.get(str(node.target)) if node.op == "call_module" else None

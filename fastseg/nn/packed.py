@@ -15,6 +15,7 @@ from ..ops.conv_engine import (
     output_size,
     pack_conv,
 )
+from ..ops.conv_engine_bf16 import choose_algorithm
 
 
 class PackedConv2d(nn.Module):
@@ -28,7 +29,9 @@ class PackedConv2d(nn.Module):
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`.
+        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile` and
+            :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
+        dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
 
     Shapes: x (N, C, H, W), residual (N, K, Ho, Wo) -> (N, K, Ho, Wo), channels last.
 
@@ -47,6 +50,7 @@ class PackedConv2d(nn.Module):
         activation: str = "none",
         negative_slope: float = 0.01,
         accuracy: str = "default",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         reason = unsupported(conv, bn)
@@ -69,6 +73,7 @@ class PackedConv2d(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.accuracy = accuracy
+        self.dtype = dtype
         for name in nn.Conv2d.__constants__:  # which a network may ask its layer for
             setattr(self, name, getattr(conv, name))
         self.options: dict[str, Any] = {
@@ -81,15 +86,15 @@ class PackedConv2d(nn.Module):
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
-        self._packed: dict[int, PackedConv] = {}
+        self._packed: dict[tuple[int, torch.dtype], PackedConv] = {}
 
-    def tile(self, x: Tensor) -> int:
-        """The algorithm for an input of this size, as in ``pack_conv``."""
+    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
+        """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
         K, C, *kernel = self.weight.shape
-        stride, padding, dilation = self._geometry()
-        return choose_tile(
-            C, K, kernel, x.shape[2:], stride, padding, dilation, accuracy=self.accuracy
-        )
+        shape = (C, K, kernel, x.shape[2:], *self._geometry(), self.accuracy)
+        if self.dtype == torch.bfloat16:
+            return choose_algorithm(*shape)
+        return choose_tile(*shape), torch.float32
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         K, _, *kernel = self.weight.shape
@@ -100,12 +105,16 @@ class PackedConv2d(nn.Module):
     ) -> Tensor:
         if x.dim() == 3:  # one image without a batch
             return self(x[None], residual, out)[0]
-        tile = self.tile(x)
-        packed = self._packed.get(tile)
+        if self.dtype == torch.bfloat16 != x.dtype:
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+        tile, products = self.algorithm(x)
+        packed = self._packed.get((tile, products))
         if packed is None:
             with torch.inference_mode(False):
-                packed = pack_conv(self.weight, self.bias, **self.options, tile=tile)
-            self._packed[tile] = packed
+                packed = pack_conv(
+                    self.weight, self.bias, **self.options, tile=tile, products=products
+                )
+            self._packed[tile, products] = packed
         shape = self.output_shape(x)
         if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
             # It broadcasts, or decides the dtype of the sum.

@@ -89,7 +89,10 @@ class PyramidConv2d(nn.Module):
         self.register_buffer("weight", pyramid_weight(weight.detach(), len(bins)), persistent=False)
 
     def forward(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        return pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
+        dtype = grids[0].dtype  # the grids are small: a lower precision would save nothing
+        grids = [grid.to(self.weight.dtype) for grid in grids]
+        y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
+        return y.to(dtype)
 
 
 def pyramid_weight(weight: Tensor, grids: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
+from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
 from .patterns import faster_pool
@@ -41,9 +42,12 @@ def optimize(
     Args:
         model: any ``nn.Module`` in evaluation mode. It is not changed. What cannot be optimised
             stays as it is in the copy; :func:`explain` says what and why.
-        dtype: precision to compute in: float32.
+        dtype: precision to compute in, float32 or bfloat16. In bfloat16 results of layers are
+            rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
+            them, nor is a last resize; floating-point inputs are cast, results are float32.
         accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
-            output per layer; "strict" only what rounds no more than torch's own convolution.
+            output per layer; "strict" only what rounds no more than torch's own convolution. For
+            bfloat16 see :mod:`fastseg.ops.conv_engine_bf16`.
 
     Returns:
         The optimised copy, for calls under ``torch.inference_mode()`` or ``torch.no_grad()``.
@@ -54,13 +58,17 @@ def optimize(
     """
     if model.training:
         raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
-    if dtype != torch.float32:
-        raise ValueError(f"optimize: dtype must be torch.float32, got {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"optimize: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if accuracy not in ("default", "strict"):
         raise ValueError(f'optimize: accuracy must be "default" or "strict", got {accuracy!r}')
     report: Report = []
-    form = _inference_form(copy.deepcopy(model), accuracy, report, "")
-    fast = _optimize(form, {"accuracy": accuracy}, report, "")
+    settings = {"accuracy": accuracy, "dtype": dtype}
+    form = _inference_form(copy.deepcopy(model), settings, report, "")
+    if dtype == torch.bfloat16:
+        fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
+    else:
+        fast = _optimize(form, settings, report, "")
     _place_of_notes(fast)[NOTES] = report
     return fast
 
@@ -118,10 +126,13 @@ class Part(nn.Module):
         return len(self.own)  # type: ignore[arg-type]
 
 
-def _inference_form(module: nn.Module, accuracy: str, report: Report, name: str) -> nn.Module:
+def _inference_form(
+    module: nn.Module, settings: dict[str, Any], report: Report, name: str
+) -> nn.Module:
     """``module`` with every part replaced that has its own form for inference."""
     if isinstance(module, GlobalConv2d):
-        if accuracy != "default" or not packable(module):
+        exact = settings["accuracy"] != "default" or settings["dtype"] != torch.float32
+        if exact or not packable(module):  # then its convolutions are packed one by one
             return module.unfuse()
         packed = PackedGlobalConv2d(module)
         report.append((name, f"fused large kernel, {packed.extra_repr()}"))
@@ -130,7 +141,7 @@ def _inference_form(module: nn.Module, accuracy: str, report: Report, name: str)
     if form is not None:
         return form()
     for child_name, child in module.named_children():
-        new = _inference_form(child, accuracy, report, _join(name, child_name))
+        new = _inference_form(child, settings, report, _join(name, child_name))
         if new is not child:
             setattr(module, child_name, new)
     return module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..memory_plan import plan_memory
@@ -37,5 +38,5 @@ def optimize_graph(
     patterns.resize_and_choose(traced, report)
     traced.delete_all_unused_submodules()
     traced.recompile()
-    plan_memory(traced)
+    plan_memory(traced, settings.get("dtype", torch.float32))
     return report, held

@@ -1,0 +1,68 @@
+"""Which algorithm the convolution engine takes for bfloat16 images.
+
+Two kinds of products compete. Multiplied in float32, every algorithm is as accurate as the rounding
+of the result, and the weights keep their float32 values. Processors with fast dot products of
+bfloat16 multiply twice as many a cycle, but weights and transformed input are rounded before.
+
+Largest error over largest output against float64, unit-variance data rounded to bfloat16 and
+rounded once more at the end; torch's own bfloat16 convolution has 3e-3:
+
+===================  ========  ===========================
+algorithm            products  error
+===================  ========  ===========================
+all                  float32   3e-3
+GEMM                 bfloat16  3e-3
+bordered             bfloat16  8e-3
+F(2, 3)              bfloat16  8e-3
+F(3, 3)              bfloat16  1.5e-2
+F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinity
+===================  ========  ===========================
+
+F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import _C
+from .conv_engine import LINE, PRODUCTS, choose_tile, output_size, winograd_tiles
+
+ROUNDED = (1, 2, 3, 4)  # the tiles with bfloat16 products
+
+
+def choose_algorithm(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    accuracy: str = "default",
+) -> tuple[int, torch.dtype]:
+    """``tile`` and ``products`` of ``pack_conv`` for a bfloat16 image of this size (H, W).
+
+    Where bfloat16 dot products are not fast, those of float32 and the tile that float32 images
+    get: nothing rounds more than the result itself, so ``accuracy`` makes no difference. Fast they
+    are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
+    are half as fast). There a bfloat16 product costs half of a float32 one.
+    ``accuracy="strict"`` then transforms in float32 alone.
+    """
+    shape = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
+    tile = choose_tile(*shape)
+    if not _C.bf16_products() or tile == LINE:
+        return tile, torch.float32
+    if tile == 0:
+        return 0, torch.bfloat16
+    C, K = in_channels, out_channels
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / 2}
+    for m in {tile, *ROUNDED} if tile == 1 else {tile, *ROUNDED} - {1}:
+        outputs = max(m, 2)
+        tiles = winograd_tiles(Ho, dilation[0], outputs) * winograd_tiles(Wo, dilation[1], outputs)
+        products = PRODUCTS[m] ** 2 * tiles * (1.5 if m == 6 else 1)  # as in choose_tile
+        cost[m, torch.float32] = products * (C * K + 12 * (C + K))
+        if m in ROUNDED and accuracy != "strict":
+            cost[m, torch.bfloat16] = products * (C * K / 2 + 12 * (C + K))
+    return min(cost, key=cost.__getitem__)

@@ -1,0 +1,76 @@
+"""An optimised network in bfloat16: what is cast, and what stays float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from ..nn.crfrnn import CRFRNN
+from ..nn.packed import PackedConv2d
+from ..nn.pyramid_pooling import PyramidConv2d
+from .patterns import resized_labels, resized_probabilities
+
+# Their parameters take inputs of any dtype.
+KEPT = (PackedConv2d, nn.modules.batchnorm._BatchNorm, PyramidConv2d, CRFRNN)
+RESIZES = (F.interpolate, resized_labels, resized_probabilities)
+
+
+def to_bfloat16(module: nn.Module) -> nn.Module:
+    """``module`` with parameters in bfloat16, except where float32 ones cost nothing, between casts
+    of its floating-point inputs to bfloat16 and of its bfloat16 results to float32."""
+    for part in module.modules():
+        if isinstance(part, KEPT):
+            continue
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                part._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.bfloat16()
+    if isinstance(module, fx.GraphModule):
+        _cast_in_graph(module)  # its pickles lose hooks
+    else:
+        module.register_forward_pre_hook(_inputs, with_kwargs=True)
+        module.register_forward_hook(_outputs)
+    return module
+
+
+def narrowed(value: Any) -> Any:
+    """Floating-point tensors, also in tuples, lists and dicts, in bfloat16."""
+    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, value)
+
+
+def widened(value: Any) -> Any:
+    """Tensors in bfloat16, also in tuples, lists and dicts, in float32."""
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, value)
+
+
+def _cast_in_graph(traced: fx.GraphModule) -> None:
+    graph = traced.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        if node.target in RESIZES and node.args and len(node.users) == 1:
+            # The map is cast before it is resized: it is smaller, and nothing is rounded again.
+            source: Any = node.args[0]
+            with graph.inserting_before(node):
+                node.update_arg(0, graph.call_function(widened, (source,)))
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(widened, output.args),)
+    for node in reversed(inputs):
+        with graph.inserting_after(inputs[-1]):
+            new = graph.call_function(narrowed, (node,))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    traced.recompile()
+
+
+def _inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    return narrowed((args, kwargs))
+
+
+def _outputs(module: nn.Module, args: tuple, output: Any) -> Any:
+    return widened(output)
