@@ -28,14 +28,16 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_conv_engine(compare, benchmark, shape):
-    benchmark.group = f"conv + bias + relu {shape}"
+def bench_conv_engine(compare, benchmark, shape, dtype):
+    benchmark.group = f"conv + bias + relu {shape} {dtype}"
     N, C, H, W, K, kernel, stride, dilation = shape
     padding = dilation * (kernel // 2)
     conv = torch.nn.Conv2d(C, K, kernel, stride, padding, dilation)
-    packed = PackedConv2d(conv, activation="relu")
-    x = torch.randn(N, C, H, W).contiguous(memory_format=torch.channels_last)
+    packed = PackedConv2d(conv, activation="relu", dtype=dtype)
+    conv.to(dtype)
+    x = torch.randn(N, C, H, W).to(dtype, memory_format=torch.channels_last)
     with torch.no_grad():
         weight = conv.weight.contiguous(memory_format=torch.channels_last)
         geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, 1)
@@ -50,4 +52,9 @@ def bench_conv_engine(compare, benchmark, shape):
             x, prepared, conv.bias, *geometry, "relu", [], ""
         ),
     }
-    compare(variants, flops=2 * numel * C * kernel * kernel)
+    if dtype == torch.bfloat16:
+        single, x_single = PackedConv2d(conv.float(), activation="relu"), x.float()
+        conv.to(dtype)
+        variants["fastseg, float32"] = lambda: single(x_single)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    compare(variants, flops=2 * numel * C * kernel * kernel, tolerance=tolerance)

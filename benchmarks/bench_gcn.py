@@ -15,7 +15,7 @@ def make(channels, size):
     return block, x, 2 * 2 * size * size * 15 * 21 * (channels + 21)
 
 
-def prepared(block, x):
+def prepared(plain, x):
     """oneDNN with its weights prepared, as torch.compile with freezing calls it."""
 
     def convolution(conv, like):
@@ -36,16 +36,18 @@ def prepared(block, x):
 
 
 @cases
-def bench_gcn(compare, benchmark, channels, size):
-    benchmark.group = f"GlobalConv2d {channels} channels at {size}x{size}, inference"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_gcn(compare, benchmark, channels, size, dtype):
+    benchmark.group = f"GlobalConv2d {channels} channels at {size}x{size} {dtype}, inference"
     block, x, flops = make(channels, size)
-    fast, plain = fastseg.optimize(block.eval()), block.unfuse()
+    fast, plain = fastseg.optimize(block.eval(), dtype=dtype), block.unfuse().to(dtype)
+    x = x.to(dtype)
     variants = {
         "fastseg": lambda: fast(x),
         "torch": lambda: plain(x),
-        "oneDNN, prepared": prepared(block, x),
+        "oneDNN, prepared": prepared(plain, x),
     }
-    compare(variants, flops=flops)
+    compare(variants, flops=flops, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 @cases

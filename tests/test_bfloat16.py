@@ -1,0 +1,133 @@
+"""Networks optimised for bfloat16: no further from float64 than torch's own in bfloat16."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastseg
+from fastseg import _C
+from fastseg.image import read_image
+from fastseg.nn.packed import PackedConv2d
+from tests.test_memory_plan import Pyramid
+from tests.test_optimize import Block, Net, Untraceable, randomise
+
+
+def outputs(y):
+    return y["out"] if isinstance(y, dict) else y[0] if isinstance(y, tuple) else y
+
+
+def rms_error(y, exact):
+    return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+@torch.no_grad()
+def check(model, x, factor=1.1, **options):
+    """At most ``factor`` times the error of torch's eager network in bfloat16; a little above 1, as
+    both round the same activations, of which some happen to be near a step."""
+    fast = fastseg.optimize(model, dtype=torch.bfloat16, **options)
+    y = outputs(fast(x))
+    assert y.dtype == torch.float32
+    exact = outputs(copy.deepcopy(model).double()(x.double()))
+    plain = outputs(copy.deepcopy(model).bfloat16()(x.bfloat16()))
+    ours, theirs = rms_error(y, exact), rms_error(plain, exact)
+    assert ours <= factor * theirs, f"{ours:.2e}, torch {theirs:.2e}"
+    return fast
+
+
+@pytest.fixture(params=[False, True], ids=["float32 products", "bfloat16 products"])
+def bf16_products(request):
+    before = _C.bf16_products()
+    _C.set_bf16_products(request.param)
+    yield request.param
+    _C.set_bf16_products(before)
+
+
+@pytest.mark.parametrize("accuracy", ["default", "strict"])
+@pytest.mark.parametrize("build", [Net, Block, Untraceable, Pyramid])
+def test_small_networks(build, accuracy, bf16_products):
+    transformed = bf16_products and accuracy == "default"
+    fast = check(
+        randomise(build()),
+        torch.randn(2, 3, 45, 37),
+        4.0 if transformed else 1.1,
+        accuracy=accuracy,
+    )
+    assert all(m.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, PackedConv2d))
+
+
+def calibrated(model):
+    """Random weights with the batch statistics of a random image, as training leaves them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            module.reset_running_stats()
+            nn.init.uniform_(module.weight, 0.5, 1)
+            nn.init.normal_(module.bias, std=0.1)
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 65, 65))
+    return model.eval()
+
+
+NETWORKS = ["deeplabv3_resnet50", "fcn_resnet50", "pspnet_resnet50", "segnet_vgg16", "u2netp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accuracy", ["default", "strict"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name, accuracy, bf16_products):
+    # Activations are rounded in any case, which decides; rounded products are one step more.
+    check(
+        calibrated(fastseg.models.create_model(name)),
+        torch.randn(1, 3, 97, 131),
+        1.1,
+        accuracy=accuracy,
+    )
+
+
+def test_shipped_weights(bf16_products):
+    """On a photograph, not on noise, as the network was trained."""
+    model = fastseg.models.create_model("u2netp", weights="shipped").eval()
+    image = torch.from_numpy(read_image("tests/data/nuclei.png")).permute(2, 0, 1)[None]
+    x = F.interpolate(image / 255.0, (160, 160)) / 0.225 - 2.0
+    check(model, x, 1.1)
+
+
+def test_results_survive_later_calls():
+    fast = fastseg.optimize(Pyramid().eval(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 24, 32)
+        score, flat = fast(x)
+        kept = score.clone(), flat.clone()
+        fast(torch.randn(2, 3, 40, 24))
+        assert torch.equal(score, kept[0])
+        assert torch.equal(flat, kept[1])
+        assert all(torch.equal(a, b) for a, b in zip(fast(x), kept, strict=True))
+        assert torch.equal(copy.deepcopy(fast)(x)[0], score)
+
+
+def test_dtypes_and_empty_batches():
+    fast = fastseg.optimize(randomise(Net()), dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 31, 33)
+    with torch.no_grad():
+        y = fast(x)["out"]
+        for other in (x.bfloat16(), x.double(), x.contiguous(memory_format=torch.channels_last)):
+            assert torch.equal(fast(other)["out"], y)
+        assert fast(x[:0])["out"].shape == (0, 5, 31, 33)
+
+
+def test_models_in_bfloat16_are_taken():
+    model = randomise(Net()).bfloat16()
+    fast = fastseg.optimize(model, dtype=torch.bfloat16)
+    assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) == 9
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_last_resize_is_not_rounded():
+    """With one output channel per pixel and a resize, float32 shows values between bfloat16's."""
+    fast = fastseg.optimize(randomise(Net()), dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = fast(torch.randn(1, 3, 33, 35))["out"]
+    assert not torch.equal(y, y.bfloat16().float())
