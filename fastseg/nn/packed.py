@@ -91,10 +91,11 @@ class PackedConv2d(nn.Module):
     def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
         """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
         K, C, *kernel = self.weight.shape
-        size, geometry = x.shape[2:], self._geometry()
+        stride, padding, dilation = self._geometry()
+        layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
         if self.dtype == torch.bfloat16:
-            return choose_algorithm(C, K, kernel, size, *geometry, accuracy=self.accuracy)
-        return choose_tile(C, K, kernel, size, *geometry, accuracy=self.accuracy), torch.float32
+            return choose_algorithm(*layer)
+        return choose_tile(*layer), torch.float32
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         K, _, *kernel = self.weight.shape
