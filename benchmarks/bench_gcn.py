@@ -15,7 +15,7 @@ def make(channels, size):
     return block, x, 2 * 2 * size * size * 15 * 21 * (channels + 21)
 
 
-def prepared(plain, x):
+def prepared(block, x):
     """oneDNN with its weights prepared, as torch.compile with freezing calls it."""
 
     def convolution(conv, like):
