@@ -86,7 +86,10 @@ class ConvBNReLU2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn = self.conv, self.bn
-        if not (is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)):
+        plain = is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)
+        # Compilers for the CPU fold and fuse what they know.
+        known = torch.compiler.is_compiling() and x.device.type == "cpu" and not bn.training
+        if known or not plain:
             return _unfused(self, x, residual)
         if bn.training or bn.running_mean is None:
             update = bn.training and bn.track_running_stats

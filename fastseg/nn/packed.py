@@ -106,7 +106,7 @@ class PackedConv2d(nn.Module):
     ) -> Tensor:
         if x.dim() == 3:  # one image without a batch
             return self(x[None], residual, out)[0]
-        if self.dtype == torch.bfloat16 != x.dtype:
+        if x.dtype != self.dtype:  # also under autocast, behind a layer that is left to torch
             x = x.to(self.dtype, memory_format=torch.channels_last)
         tile, products = self.algorithm(x)
         packed = self._packed.get((tile, products))

@@ -69,22 +69,23 @@ def optimize(
         fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
     else:
         fast = _optimize(form, settings, report, "")
-    _place_of_notes(fast)[NOTES] = report
+    vars(fast)[NOTES] = report
+    if isinstance(fast, fx.GraphModule):
+        fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
     return fast
 
 
 def explain(model: nn.Module) -> str:
     """What :func:`optimize` did to a network, or would do: a line for each convolution, with what
     it runs as or why not, for each other change, and for each module that keeps its ``forward``."""
-    notes = _place_of_notes(model).get(NOTES)
+    notes = _notes(model)
     if notes is None:
-        notes = _place_of_notes(optimize(model))[NOTES]
+        notes = _notes(optimize(model)) or []
     return "\n".join(f"{name or 'the model'}: {text}" for name, text in notes)
 
 
-def _place_of_notes(model: nn.Module) -> dict[str, Any]:
-    """Where copies and pickles of a module keep what is not part of it."""
-    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
+def _notes(model: nn.Module) -> Report | None:
+    return vars(model).get(NOTES) or getattr(model, "meta", {}).get(NOTES)
 
 
 class Part(nn.Module):
@@ -161,11 +162,12 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     if left := why_left(module):
         report.append((name, left))
         return module
-    if not any(isinstance(m, nn.Conv2d | nn.MaxPool2d) for m in module.modules()):
+    if type(module).__module__.startswith("torch.nn.") and not any(module.children()):
         return module
     if isinstance(module, torch.jit.ScriptModule):
         report.append((name, "stays as it is, it is a TorchScript module"))
         return module
+    before = len(report)
     traced, reasons = trace(module)
     if traced is None:
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -183,6 +185,8 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     }
     notes, _ = optimize_graph(traced, settings, weights)
     report += [(_join(name, part_name), text) for part_name, text in notes]
+    if len(report) == before:
+        return module  # nothing to gain
     return Part(traced, module) if name or has_options(module) else traced
 
 

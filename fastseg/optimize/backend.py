@@ -52,6 +52,7 @@ class CompiledGraph:
         traced = fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph))
         nodes = [node for node in traced.graph.nodes if node.op == "placeholder"]
         values = {n: t for n, t in zip(nodes, inputs, strict=True) if _is_weight(t)}
+        _restore_layout(traced.graph)
         report, held = optimize_graph(traced, {}, values)
         ours = {id(t) for t in held}
         self.held = [(i, t, _state(t)) for i, t in enumerate(inputs) if id(t) in ours]
@@ -61,6 +62,16 @@ class CompiledGraph:
 
     def changed(self, inputs: Sequence[Any]) -> bool:
         return any(inputs[i] is not t or _state(t) != state for i, t, state in self.held)
+
+
+def _restore_layout(graph: fx.Graph) -> None:
+    """Results that leave the graph get the memory layout that the code behind it was promised."""
+    output = next(reversed(graph.nodes))
+    with graph.inserting_before(output):
+        for node in output.all_input_nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, Tensor) and value.dim() == 4 and value.is_contiguous():
+                output.replace_input_with(node, graph.call_method("contiguous", (node,)))
 
 
 def _is_weight(value: Any) -> bool:

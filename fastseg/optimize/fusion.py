@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
-from .tracing import has_hooks
+from .tracing import IN_PLACE, has_hooks
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -23,7 +23,6 @@ NOTHING = (nn.Dropout, nn.Dropout2d, nn.Identity)
 DROPOUTS = (F.dropout, F.dropout2d)
 # Whose results share no memory with their arguments.
 FRESH = (torch.cat, torch.add, operator.add, operator.mul, torch.mul, F.interpolate, torch.conv2d)
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 LAYERS = (PackedConv2d, ConvBNReLU2d, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 
 Report = list[tuple[str, str]]  # names of parts, and what was done to each or why not
@@ -137,7 +136,7 @@ class Fusion:
                 chain.append(after)
         packed = layer.pack(self.settings)
         name = str(node.target)
-        while sum(other.target == name for other in self.traced.graph.nodes) > 1:
+        while any(n.target == name and n is not node for n in self.traced.graph.nodes):
             name += "_"  # a convolution called several times, each call with its own successors
         self.traced.add_submodule(name, packed)
         self.report.append((name, f"convolution engine, {packed.extra_repr()}"))
@@ -232,7 +231,7 @@ class Fusion:
             return False
         name = getattr(node.target, "__name__", "")
         options = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
-        return node.target in IN_PLACE or name.endswith("_") or bool(options)
+        return node.target in (*IN_PLACE, operator.setitem) or name.endswith("_") or bool(options)
 
     def activation(self, node: fx.Node | None) -> tuple[str, float]:
         """Name and slope of the activation that ``node`` is; "none" if it is something else."""

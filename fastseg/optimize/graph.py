@@ -28,7 +28,7 @@ def optimize_graph(
         What was done and what was left, and those of the values that are now part of the graph.
     """
     report: Report = []
-    held = lift(traced, values)
+    held = lift(traced, values, report)
     fusion = Fusion(traced, settings, report)
     patterns.reshape_views(fusion)
     fusion.run()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .fusion import argument, module_of
+from .fusion import Report, argument, module_of
 
 CONV: tuple[str, ...] = ("weight", "bias", "stride", "padding", "dilation", "groups")
 BATCH_NORM: tuple[str, ...] = (
@@ -26,7 +26,7 @@ BATCH_NORM: tuple[str, ...] = (
 COMPILED = re.compile(r"L_self_modules_(.+)_parameters_weight_")
 
 
-def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor], report: Report) -> list[Tensor]:
     """Turn calls of ``conv2d`` and ``batch_norm`` into modules, where all their weights are among
     ``values``, the nodes whose values will not change.
 
@@ -49,21 +49,24 @@ def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> list[Tenso
         given = {n: argument(node, i, n) for i, n in enumerate(names, 1)}
         tensors = {n: values.get(given[n], given[n]) for n in names[:count]}
         if any(isinstance(v, fx.Node) for v in (*tensors.values(), *list(given.values())[count:])):
-            continue  # computed by the network
+            if names is CONV:
+                report.append((node.name, "left to torch, its weights are computed"))
+            continue
         make: Any = _conv if names is CONV else _batch_norm
         layer = make(**(given | tensors))
         if layer is None:
             continue
         used += [t for t in tensors.values() if t is not None]
-        name = _name(traced, node, given["weight"])
+        name = _name(traced, node, given["weight"] or given.get("running_mean"))
         traced.add_submodule(name, layer)
         with graph.inserting_before(node):
             new = graph.call_module(name, (argument(node, 0, "input"),))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    graph.eliminate_dead_code(lambda n: n.op not in ("get_attr",))
-    traced.recompile()
+    for node in values:
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     return used
 
 
@@ -114,7 +117,7 @@ def _frozen(t: Tensor | None) -> nn.Parameter | None:
     return None if t is None else nn.Parameter(t.detach(), requires_grad=False)
 
 
-def _name(traced: fx.GraphModule, node: fx.Node, weight: fx.Node) -> str:
+def _name(traced: fx.GraphModule, node: fx.Node, weight: Any) -> str:
     """A free name that tells where in the network the weight is."""
     found = COMPILED.fullmatch(str(weight.target))
     name = found[1].replace("_modules_", ".") if found else node.name

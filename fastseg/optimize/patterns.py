@@ -15,6 +15,7 @@ from ..nn.pyramid_pooling import PyramidConv2d
 from ..ops import max_unpool2d, to_torch_indices, upsample_argmax, upsample_softmax
 from .fusion import Fusion, Report, argument, is_plain, module_of, only_user
 
+WINDOW = ("kernel_size", "stride", "padding")
 POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 # Layers that map each value of a grid on its own.
 POINTWISE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU)
@@ -35,15 +36,15 @@ def pool(traced: fx.GraphModule, report: Report) -> None:
         options = _pool_options(traced, node)
         if options is None or not _poolable(options):
             continue
-        *_, indices = options
-        if not indices:
-            _call(traced, node, MaxPool2d(*options), (argument(node, 0, "input"),))
+        if not options["return_indices"]:
+            _call(traced, node, MaxPool2d(**options), (argument(node, 0, "input"),))
             report.append((node.name, "max pool with compact indices"))
             continue
         if any(u.target is not operator.getitem for u in node.users):
             continue
         readers = [r for u in node.users if u.args[1] == 1 for r in u.users]
-        if not readers or any(_unpool_options(traced, r) != options[:3] for r in readers):
+        window = {name: _pair(options[name]) for name in WINDOW}
+        if not readers or any(_unpool_window(traced, r) != window for r in readers):
             continue
         x = argument(node, 0, "input")
         with traced.graph.inserting_before(node):
@@ -56,8 +57,8 @@ def pool(traced: fx.GraphModule, report: Report) -> None:
                 size,
                 argument(reader, at, "output_size"),
             )
-            _call(traced, reader, Unpool(*options[:3]), args)
-        _call(traced, node, MaxPool2d(*options), (x,))
+            _call(traced, reader, Unpool(**window), args)
+        _call(traced, node, MaxPool2d(**options), (x,))
         report.append((node.name, "max pool with compact indices, read by its unpooling"))
 
 
@@ -66,7 +67,7 @@ def faster_pool(module: nn.Module) -> MaxPool2d | None:
     if not is_plain(module, nn.MaxPool2d):
         return None
     options = _of_module(module)
-    return MaxPool2d(*options) if _poolable(options) and not module.return_indices else None
+    return MaxPool2d(**options) if _poolable(options) and not module.return_indices else None
 
 
 class Unpool(nn.Module):
@@ -155,10 +156,13 @@ def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) ->
             shape = graph.call_function(getattr, (whole, "shape"))
             size = graph.call_function(operator.getitem, (shape, slice(-2, None)))
             residual = graph.call_module(name, ([grid for _, grid, _ in grids], size))
+        concatenation = node.args[0]
         node.args = (whole, residual)
+        for unused in (concatenation, *(parts[i] for i in at)):
+            if isinstance(unused, fx.Node) and not unused.users:
+                graph.erase_node(unused)
         traced.add_submodule(str(node.target), PackedConv2d(conv, **activation, **settings))
         report.append((str(node.target), f"{len(grids)} grids convolved at their own size"))
-    traced.graph.eliminate_dead_code()
 
 
 def resize_and_choose(traced: fx.GraphModule, report: Report) -> None:
@@ -224,47 +228,48 @@ def _call(traced: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple)
     traced.graph.erase_node(node)
 
 
-def _of_module(module: Any) -> tuple:
-    return tuple(getattr(module, name) for name in POOL)
+def _of_module(module: Any) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in POOL}
 
 
-def _pool_options(traced: fx.GraphModule, node: fx.Node) -> tuple | None:
+def _pool_options(traced: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
+    """The keyword arguments of the max pool that a node is."""
     module = module_of(traced, node)
     if is_plain(module, nn.MaxPool2d):
         return _of_module(module)
     if node.op != "call_function" or node.target not in (F.max_pool2d, F.max_pool2d_with_indices):
         return None
-    kernel = argument(node, 1, "kernel_size")
-    stride = argument(node, 2, "stride")
-    padding, dilation = argument(node, 3, "padding", 0), argument(node, 4, "dilation", 1)
-    ceil, indices = (
-        argument(node, 5, "ceil_mode", False),
-        argument(node, 6, "return_indices", False),
-    )
+    defaults = (None, None, 0, 1, False, False)
+    options = {
+        name: argument(node, i, name, default)
+        for i, (name, default) in enumerate(zip(POOL, defaults, strict=True), 1)
+    }
     if node.target is F.max_pool2d_with_indices:
-        indices = True
-    return kernel, kernel if stride in (None, []) else stride, padding, dilation, ceil, indices
-
-
-def _unpool_options(traced: fx.GraphModule, node: fx.Node) -> tuple | None:
-    module = module_of(traced, node)
-    if is_plain(module, nn.MaxUnpool2d):
-        options = tuple(getattr(module, name) for name in POOL[:3])
-    elif node.target is F.max_unpool2d:
-        kernel, stride = argument(node, 2, "kernel_size"), argument(node, 3, "stride")
-        options = (kernel, kernel if stride is None else stride, argument(node, 4, "padding", 0))
-    else:
-        return None
+        options["return_indices"] = True
+    if options["stride"] in (None, []):
+        options["stride"] = options["kernel_size"]
     return options
 
 
-def _poolable(options: tuple) -> bool:
+def _unpool_window(traced: fx.GraphModule, node: fx.Node) -> dict[str, tuple] | None:
+    module = module_of(traced, node)
+    if is_plain(module, nn.MaxUnpool2d):
+        kernel, stride, padding = (getattr(module, name) for name in WINDOW)
+    elif node.target is F.max_unpool2d:
+        kernel, stride = argument(node, 2, "kernel_size"), argument(node, 3, "stride")
+        padding = argument(node, 4, "padding", 0)
+    else:
+        return None
+    values = (kernel, kernel if stride is None else stride, padding)
+    return dict(zip(WINDOW, map(_pair, values), strict=True))
+
+
+def _poolable(options: dict[str, Any]) -> bool:
     """Whether :class:`fastseg.nn.MaxPool2d` has these options."""
-    kernel, stride, padding, dilation, *_ = options
-    numbers = (*_pair(kernel), *_pair(stride), *_pair(padding), *_pair(dilation))
-    if not all(isinstance(n, int) for n in numbers):
+    pairs = [_pair(options[name]) for name in POOL[:4]]
+    if not all(isinstance(n, int) for pair in pairs for n in pair):
         return False
-    return numbers[0] * numbers[1] <= 256 and numbers[-2:] == (1, 1)
+    return pairs[0][0] * pairs[0][1] <= 256 and pairs[3] == (1, 1)
 
 
 def _resized(node: Any) -> tuple[Any, fx.Node, bool] | None:

@@ -8,10 +8,11 @@ module keeps its own ``forward``, and so does one that looks at values; the reas
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from ..nn.conv_bn import ConvBNReLU2d
 STRIDES = frozenset(
     ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage")
 )
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
 
 
@@ -44,6 +46,19 @@ class _Proxy(fx.Proxy):
         raise Untraceable("its forward looks at the type of a tensor")
 
 
+def _in_place(operation: Callable) -> Callable:
+    """``x += y`` of a tensor changes it; torch.fx would make it ``x = x + y``."""
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _operation in IN_PLACE:
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
 class Tracer(fx.Tracer):
     """Looks into blocks and networks; not into torch's layers, the leaves of fastseg.nn, what has
     hooks, and ``opaque`` modules, which do not trace.
@@ -52,12 +67,15 @@ class Tracer(fx.Tracer):
         culprit: the innermost module whose ``forward`` raised.
     """
 
-    def __init__(self, opaque: dict[nn.Module, str]) -> None:
+    def __init__(
+        self, opaque: dict[nn.Module, str] | None = None, known: Collection[nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque = {} if opaque is None else opaque
         self.thread = threading.get_ident()
         self.culprit: nn.Module | None = None
         self.proxy_buffer_attributes = True
+        self.known = known  # not those of other threads, nor those that a forward makes
         self.autocast = torch.is_autocast_enabled("cpu")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -73,7 +91,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.thread:
+        foreign = self.known is not None and m not in self.known
+        if foreign or threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -120,12 +139,13 @@ def trace(module: nn.Module) -> tuple[fx.GraphModule | None, dict[nn.Module, str
     opaque: dict[nn.Module, str] = {}
     if reason := _objection(module):
         return None, {module: reason}
+    known = set(module.modules())
     with _LOCK:
         while True:
-            tracer = Tracer(opaque)
+            tracer = Tracer(opaque, known)
             try:
                 required_arguments(module)
-                with _attributes_stay(tracer.thread):
+                with _attributes_stay(known):
                     graph = tracer.trace(module)
                 return fx.GraphModule(module, graph, type(module).__name__), opaque
             except Exception as error:
@@ -207,12 +227,13 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _attributes_stay(thread: int) -> Iterator[None]:
-    """Raise where a ``forward`` of this thread sets an attribute of a module."""
-    original = nn.Module.__setattr__
+def _attributes_stay(known: Collection[nn.Module]) -> Iterator[None]:
+    """Raise where a ``forward`` of this thread sets an attribute of one of these modules."""
+    original, thread = nn.Module.__setattr__, threading.get_ident()
 
     def refuse(self: nn.Module, name: str, value: Tensor | nn.Module) -> None:
-        if threading.get_ident() == thread and not name.startswith("_tensor_constant"):
+        ours = threading.get_ident() == thread and self in known
+        if ours and not name.startswith("_tensor_constant"):
             raise Untraceable(f"its forward sets {name}")
         original(self, name, value)
 
