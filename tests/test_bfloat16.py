@@ -45,16 +45,12 @@ def bf16_products(request):
     _C.set_bf16_products(before)
 
 
-@pytest.mark.parametrize("accuracy", ["default", "strict"])
+@pytest.mark.parametrize("accuracy", ["strict", "default", "fast"])
 @pytest.mark.parametrize("build", [Net, Block, Untraceable, Pyramid])
 def test_small_networks(build, accuracy, bf16_products):
-    transformed = bf16_products and accuracy == "default"
-    fast = check(
-        randomise(build()),
-        torch.randn(2, 3, 45, 37),
-        4.0 if transformed else 1.1,
-        accuracy=accuracy,
-    )
+    # In so few layers the transforms' rounding is not small against that of the activations.
+    factor = {"strict": 1.1, "default": 2.0, "fast": 4.0}[accuracy] if bf16_products else 1.1
+    fast = check(randomise(build()), torch.randn(2, 3, 45, 37), factor, accuracy=accuracy)
     assert all(m.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, PackedConv2d))
 
 
@@ -75,16 +71,12 @@ NETWORKS = ["deeplabv3_resnet50", "fcn_resnet50", "pspnet_resnet50", "segnet_vgg
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accuracy", ["default", "strict"])
+@pytest.mark.parametrize("accuracy", ["strict", "default", "fast"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, accuracy, bf16_products):
-    # Activations are rounded in any case, which decides; rounded products are one step more.
-    check(
-        calibrated(fastseg.models.create_model(name)),
-        torch.randn(1, 3, 97, 131),
-        1.1,
-        accuracy=accuracy,
-    )
+    factor = 1.3 if accuracy == "fast" and bf16_products else 1.1
+    model = calibrated(fastseg.models.create_model(name))
+    check(model, torch.randn(1, 3, 97, 131), factor, accuracy=accuracy)
 
 
 def test_shipped_weights(bf16_products):

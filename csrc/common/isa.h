@@ -43,8 +43,8 @@ inline Isa detect_isa() {
   return Isa::kBaseline;
 }
 
-// Whether bfloat16 dot products are the faster way to multiply. AMD's do two registers a cycle, twice
-// the rate of float32; Intel's outside of AMX half of it (Emerald Rapids: torch's bfloat16
+// Whether bfloat16 dot products are the faster way to multiply. AMD's do two registers a cycle,
+// twice the rate of float32; Intel's outside of AMX half of it (Emerald Rapids: torch's bfloat16
 // convolutions 100 GFLOP/s a core, float32 190).
 inline std::atomic<bool>& bf16_products() {
   static std::atomic<bool> fast{[] {

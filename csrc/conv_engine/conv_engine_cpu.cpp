@@ -1,6 +1,6 @@
-// The inference convolution of the CPU: weights are packed once, then every call is one pass with
-// bias, residual and activation in the epilogue. This file packs, cuts the work into tasks and
-// registers the ops; the arithmetic is in the .inl files.
+// The inference convolution of the CPU: weights are packed once (pack_cpu.cpp), then every call is
+// one pass with bias, residual and activation in the epilogue. This file cuts the work into tasks
+// and registers the ops; the arithmetic is in the .inl files.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,6 +15,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/tiles.h"
 #include "conv_engine/winograd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -136,133 +137,6 @@ void run_winograd_1d(const Conv& conv) {
     kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
            scratch<TaskBuffer>(floats));
   });
-}
-
-// Where element d of a column's reduction lies in its packed panel.
-template <typename E>
-int64_t panel_index(int64_t d, int64_t column) {
-  return (d / kPerWord<E> * kPanel + column % kPanel) * kPerWord<E> + d % kPerWord<E>;
-}
-
-// taps: the length of the k x 1 or 1 x k kernel.
-void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  using Conv = Convolution<float, float>;
-  const auto pack = FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::pack);
-  parallel_tasks(ceil_div(C, kGroup),
-                 [&](int64_t group) { pack(weight, K, C, taps, group * kGroup, packed); });
-}
-
-template <class Scheme, typename E>
-void pack_winograd(const float* weight, int64_t K, int64_t C, E* packed) {
-  using Conv = Convolution<E, E>;
-  const auto pack = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::pack);
-  const int64_t groups = ceil_div(C, kLine<E>);
-  parallel_tasks(ceil_div(K, kPanel) * groups, [&](int64_t task) {
-    pack(weight, K, C, task / groups, task % groups * kLine<E>, packed);
-  });
-}
-
-template <typename E>
-void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
-  const int64_t depth = round_up(C * taps, kLine<E>);
-  parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
-    for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
-      E* dst = packed + panel * depth * kPanel;
-      for (int64_t c = 0; c < C; ++c) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          dst[panel_index<E>(tap * C + c, k)] = static_cast<E>(weight[(k * C + c) * taps + tap]);
-        }
-      }
-    }
-  });
-}
-
-// The number of the one-dimensional form among the tiles.
-constexpr int64_t kLineTile = 5;
-
-// Calls fn with the scheme of that number for operands E: the one list of square Winograd kernels.
-template <typename E, typename Fn>
-void dispatch_tile(int64_t tile, Fn&& fn) {
-  constexpr bool kRounded = std::is_same_v<E, BFloat16>;
-  switch (tile) {
-    case 1:
-      return fn(Bordered{});
-    case 2:
-      return fn(Winograd<2>{});
-    case 3:
-      return fn(Winograd<3>{});
-    case 4:
-      return fn(std::conditional_t<kRounded, Winograd<4, 3, RoundedPoints>, Winograd<4>>{});
-    case 6:
-      if constexpr (!kRounded) return fn(Winograd<6>{});
-      [[fallthrough]];
-    default:
-      fail_check(
-          "conv_engine: tile must be 0 (GEMM), 1 (bordered), 2, 3, 4, 6 (Winograd) or 5 "
-          "(Winograd along one axis), of bfloat16 products 0 to 4, got ",
-          tile);
-  }
-}
-
-// Elements of packed weights, without the bias behind them.
-template <typename E>
-int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
-  if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kLine<E>);
-  if (tile == kLineTile) {
-    return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
-           round_up(C, kGroup);
-  }
-  int64_t points = 0;
-  dispatch_tile<E>(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
-  return round_up(K, kPanel) * points * round_up(C, kLine<E>);
-}
-
-// Whether the kernels of this tile compute such a convolution.
-template <typename E>
-void check_tile(int64_t tile, int64_t R, int64_t S) {
-  FASTSEG_CHECK(tile != kLineTile || (std::is_same_v<E, float>),
-                "conv_engine: tile 5 has float32 products alone");
-  if (tile == kLineTile) {
-    FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
-                  "x", S);
-  } else {
-    FASTSEG_CHECK(tile == 0 || (R == 3 && S == 3),
-                  "conv_engine: Winograd tiles need a 3x3 kernel, got ", R, "x", S);
-  }
-}
-
-// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
-// which is float32 in any case.
-template <typename E>
-Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile) {
-  FASTSEG_CHECK(
-      weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
-      "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
-  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  check_tile<E>(tile, weight.size(2), weight.size(3));
-  FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
-                          bias->scalar_type() == ScalarType::Float),
-                "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
-  const int64_t size = packed_size<E>(K, C, taps, tile);
-  const Tensor packed =
-      torch::stable::new_zeros(weight, {size + round_up(K, kPanel) * kPerWord<E>},
-                               std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
-  E* dst = packed.mutable_data_ptr<E>();
-  const float* src = weight.const_data_ptr<float>();
-  if (tile == 0) {
-    pack_gemm(src, K, C, taps, dst);
-  } else if (tile == kLineTile) {
-    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
-  } else {
-    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
-  }
-  if (bias) std::copy_n(bias->const_data_ptr<float>(), K, reinterpret_cast<float*>(dst + size));
-  return packed;
-}
-
-Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
-                        bool bfloat16) {
-  return bfloat16 ? pack<BFloat16>(weight, bias, tile) : pack<float>(weight, bias, tile);
 }
 
 template <typename T>
@@ -416,7 +290,6 @@ void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<
 }  // namespace conv_engine
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
-  m.def("conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
@@ -427,7 +300,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "int tile, int activation, float slope) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
-  m.impl("conv_engine_pack", TORCH_BOX(&conv_engine::conv_engine_pack));
   m.impl("conv_engine", TORCH_BOX(&conv_engine::conv_engine_cpu));
   m.impl("conv_engine_out", TORCH_BOX(&conv_engine::conv_engine_out));
 }

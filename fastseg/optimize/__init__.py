@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
+from ..ops.conv_engine_bf16 import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
@@ -46,8 +47,9 @@ def optimize(
             rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
             them, nor is a last resize; floating-point inputs are cast, results are float32.
         accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
-            output per layer; "strict" only what rounds no more than torch's own convolution. For
-            bfloat16 see :mod:`fastseg.ops.conv_engine_bf16`.
+            output per layer; "strict" only what rounds no more than torch's own convolution;
+            "fast" is the default but for bfloat16 on some processors, see
+            :mod:`fastseg.ops.conv_engine_bf16`.
 
     Returns:
         The optimised copy, for calls under ``torch.inference_mode()`` or ``torch.no_grad()``.
@@ -60,8 +62,8 @@ def optimize(
         raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"optimize: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    if accuracy not in ("default", "strict"):
-        raise ValueError(f'optimize: accuracy must be "default" or "strict", got {accuracy!r}')
+    if accuracy not in ROUNDED:
+        raise ValueError(f"optimize: accuracy must be one of {tuple(ROUNDED)}, got {accuracy!r}")
     report: Report = []
     settings = {"accuracy": accuracy, "dtype": dtype}
     form = _inference_form(copy.deepcopy(model), settings, report, "")

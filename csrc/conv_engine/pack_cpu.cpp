@@ -1,0 +1,111 @@
+// Weights of a convolution to the form that its kernel reads, once.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "conv_engine/conv_engine.h"
+#include "conv_engine/tiles.h"
+#include "conv_engine/winograd.h"
+
+namespace fastseg {
+namespace conv_engine {
+namespace {
+
+#define FASTSEG_KERNEL_FILE "conv_engine/conv_engine_kernel.inl"
+#include "common/foreach_isa.inl"
+
+// Where element d of a column's reduction lies in its packed panel.
+template <typename E>
+int64_t panel_index(int64_t d, int64_t column) {
+  return (d / kPerWord<E> * kPanel + column % kPanel) * kPerWord<E> + d % kPerWord<E>;
+}
+
+// taps: the length of the k x 1 or 1 x k kernel.
+void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
+  const auto pack = FASTSEG_ISA_CALL(Winograd1dKernel<Convolution<float, float>>::pack);
+  parallel_tasks(ceil_div(C, kGroup),
+                 [&](int64_t group) { pack(weight, K, C, taps, group * kGroup, packed); });
+}
+
+template <class Scheme, typename E>
+void pack_winograd(const float* weight, int64_t K, int64_t C, E* packed) {
+  using Kernel = Convolution<E, E>;
+  const auto pack = FASTSEG_ISA_CALL(WinogradKernel<Scheme, Kernel>::pack);
+  const int64_t groups = ceil_div(C, kLine<E>);
+  parallel_tasks(ceil_div(K, kPanel) * groups, [&](int64_t task) {
+    pack(weight, K, C, task / groups, task % groups * kLine<E>, packed);
+  });
+}
+
+template <typename E>
+void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
+  const int64_t depth = round_up(C * taps, kLine<E>);
+  parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
+    for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
+      E* dst = packed + panel * depth * kPanel;
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          dst[panel_index<E>(tap * C + c, k)] = static_cast<E>(weight[(k * C + c) * taps + tap]);
+        }
+      }
+    }
+  });
+}
+
+// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
+// which is float32 in any case.
+template <typename E>
+Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile) {
+  FASTSEG_CHECK(
+      weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
+      "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
+  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  check_tile<E>(tile, weight.size(2), weight.size(3));
+  FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
+                          bias->scalar_type() == ScalarType::Float),
+                "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
+  const int64_t size = packed_size<E>(K, C, taps, tile);
+  const Tensor packed =
+      torch::stable::new_zeros(weight, {size + round_up(K, kPanel) * kPerWord<E>},
+                               std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
+  E* dst = packed.mutable_data_ptr<E>();
+  const float* src = weight.const_data_ptr<float>();
+  if (tile == 0) {
+    pack_gemm(src, K, C, taps, dst);
+  } else if (tile == kLineTile) {
+    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
+  } else {
+    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
+  }
+  if (bias) std::copy_n(bias->const_data_ptr<float>(), K, reinterpret_cast<float*>(dst + size));
+  return packed;
+}
+
+Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
+                        bool bfloat16) {
+  return bfloat16 ? pack<BFloat16>(weight, bias, tile) : pack<float>(weight, bias, tile);
+}
+
+}  // namespace
+}  // namespace conv_engine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
+  m.def("conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
+  m.impl("conv_engine_pack", TORCH_BOX(&conv_engine::conv_engine_pack));
+}
+
+}  // namespace fastseg

@@ -1,0 +1,69 @@
+// The algorithms by their number, `tile`: which there are, for which convolutions, and the size of
+// their packed weights.
+#pragma once
+
+#include <type_traits>
+
+#include "common/check.h"
+#include "conv_engine/conv_engine.h"
+#include "conv_engine/winograd.h"
+
+namespace fastseg {
+namespace conv_engine {
+
+// The number of the one-dimensional form among the tiles.
+constexpr int64_t kLineTile = 5;
+
+// Calls fn with the scheme of that number for operands E: the one list of square Winograd kernels.
+template <typename E, typename Fn>
+void dispatch_tile(int64_t tile, Fn&& fn) {
+  constexpr bool kRounded = std::is_same_v<E, BFloat16>;
+  switch (tile) {
+    case 1:
+      return fn(Bordered{});
+    case 2:
+      return fn(Winograd<2>{});
+    case 3:
+      return fn(Winograd<3>{});
+    case 4:
+      return fn(std::conditional_t<kRounded, Winograd<4, 3, RoundedPoints>, Winograd<4>>{});
+    case 6:
+      if constexpr (!kRounded) return fn(Winograd<6>{});
+      [[fallthrough]];
+    default:
+      fail_check(
+          "conv_engine: tile must be 0 (GEMM), 1 (bordered), 2, 3, 4, 6 (Winograd) or 5 "
+          "(Winograd along one axis), of bfloat16 products 0 to 4, got ",
+          tile);
+  }
+}
+
+// Elements of packed weights, without the bias behind them.
+template <typename E>
+int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
+  if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kLine<E>);
+  if (tile == kLineTile) {
+    return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
+           round_up(C, kGroup);
+  }
+  int64_t points = 0;
+  dispatch_tile<E>(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
+  return round_up(K, kPanel) * points * round_up(C, kLine<E>);
+}
+
+// Whether the kernels of this tile compute such a convolution.
+template <typename E>
+void check_tile(int64_t tile, int64_t R, int64_t S) {
+  FASTSEG_CHECK(tile != kLineTile || (std::is_same_v<E, float>),
+                "conv_engine: tile 5 has float32 products alone");
+  if (tile == kLineTile) {
+    FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
+                  "x", S);
+  } else {
+    FASTSEG_CHECK(tile == 0 || (R == 3 && S == 3),
+                  "conv_engine: Winograd tiles need a 3x3 kernel, got ", R, "x", S);
+  }
+}
+
+}  // namespace conv_engine
+}  // namespace fastseg
