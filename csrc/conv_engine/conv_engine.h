@@ -63,6 +63,13 @@ struct Convolution {
   int64_t depth() const { return round_up(R * S * C, kLine<E>); }
 };
 
+// Where an output pixel lies, and its residual or null.
+template <typename T>
+struct PixelAddress {
+  T* y;
+  const T* residual;
+};
+
 // Part i of n nearly equal parts of [0, total) begins here.
 inline int64_t part_begin(int64_t total, int64_t n, int64_t i) { return total * i / n; }
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "common/cache.h"
 #include "common/check.h"
 #include "common/counters.h"
 #include "common/dispatch.h"
@@ -42,49 +43,56 @@ namespace {
 #define FASTSEG_CONV_CALL FASTSEG_ISA_CALL
 #endif
 
-// Packed pixels of one task: with them half of a 1 MB L2 is left for the weights that stream by.
-// 60 to 300 Ki floats are within 3 % of each other.
-constexpr int64_t kPackedFloats = 160 * 1024;
-// Tiles of one Winograd task. Fewer read the weights from L3 too often, more push their own
-// transformed input out of L2: 512 channels take 15.5, 14.9, 15.4 ms with 30, 42, 56.
-constexpr int64_t kTaskTiles = 42;
 // From this size on outputs are written past the caches: nobody would find them there anyway.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
 // Lines of one task of the one-dimensional form: three register tiles.
 constexpr int64_t kTaskLines = 42;
-// With more channels the stages of Winograd's algorithm run one after the other.
-constexpr int64_t kTaskChannels = 1024;
-// Transformed input that the stages keep in memory at a time.
-constexpr int64_t kStagedFloats = 32 * 1024 * 1024;
-
-struct TaskBuffer;  // names the scratch memory of a task, and that of all tasks together
-struct StagedBuffer;
+struct TaskBuffer;  // names the scratch memory of a task
 
 template <class Conv>
 void run_gemm(const Conv& conv) {
+  using T = typename Conv::Storage;
   using E = typename Conv::Operand;
   const int64_t depth = conv.depth(), pixels = conv.pixels();
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t task_pixels = std::max<int64_t>(kPackedFloats * kPerWord<E> / depth, kMaxRows);
+  // With the packed pixels of a task more than half of L2 is left for the weights that stream by.
+  const int64_t packed = l2_bytes() / 4 / static_cast<int64_t>(sizeof(E));
+  const int64_t task_pixels = std::max<int64_t>(packed / depth, kMaxRows);
   const int64_t parts = std::min(pixels, round_up(ceil_div(pixels, task_pixels), threads));
   // Few pixels and many channels (pooled maps): share the panels out as well.
   const int64_t panel_parts = std::min(conv.panels(), ceil_div(2 * threads, parts));
+  const int64_t most = ceil_div(pixels, parts);
   const auto kernel = FASTSEG_CONV_CALL(gemm_conv<Conv>);
   parallel_tasks(parts * panel_parts, [&](int64_t task) {
     const int64_t part = task / panel_parts, panel_part = task % panel_parts;
     kernel(conv, part_begin(pixels, parts, part), part_begin(pixels, parts, part + 1),
            part_begin(conv.panels(), panel_parts, panel_part),
            part_begin(conv.panels(), panel_parts, panel_part + 1),
-           scratch<TaskBuffer, E>((ceil_div(pixels, parts) + 1) * depth));
+           scratch<TaskBuffer, E>((most + 1) * depth), scratch<TaskBuffer, PixelAddress<T>>(most));
   });
 }
 
-// Few channels: each task takes its tiles from input to output.
+// Tiles of one task of `points` products: few enough that the transformed tiles and their products
+// stay in L2, unless the weights that every task reads anew from L3 are more than twice what it
+// writes and reads of those. 64, 128, 256, 512 channels were fastest with 28 to 42, 28 to 42, 97
+// and 97 tiles on a core with 2 MB.
+template <class Conv>
+int64_t task_tiles(const Conv& conv, int64_t points) {
+  const int64_t C = conv.channels(), K = conv.panels() * kPanel;
+  const int64_t v_bytes = std::min(C, kWinogradPiece) * sizeof(typename Conv::Operand);
+  const int64_t tile_bytes = points * (v_bytes + K * static_cast<int64_t>(sizeof(float)));
+  const int64_t cached = l2_bytes() * 3 / 8 / tile_bytes;
+  const int64_t amortised = C * K / (C + K) / 2;
+  return std::clamp<int64_t>(std::max(cached, amortised), kMaxRows,
+                             std::max<int64_t>(kMaxRows, 8 * l2_bytes() / tile_bytes));
+}
+
 template <class Scheme, class Conv>
 void run_winograd(const Conv& conv, int64_t tiles) {
-  using torch::stable::get_num_threads;
-  const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, kTaskTiles), get_num_threads()));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = task_tiles(conv, Scheme::kProducts * Scheme::kProducts);
+  const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, most), threads));
   const int64_t floats =
       FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::scratch_size)(conv, ceil_div(tiles, parts));
   const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::run);
@@ -92,37 +100,6 @@ void run_winograd(const Conv& conv, int64_t tiles) {
     kernel(conv, part_begin(tiles, parts, part), part_begin(tiles, parts, part + 1),
            scratch<TaskBuffer>(floats));
   });
-}
-
-// Many channels: stage by stage, as many tiles at once as the scratch memory holds.
-template <class Scheme, class Conv>
-void run_winograd_staged(const Conv& conv, int64_t tiles) {
-  using E = typename Conv::Operand;
-  constexpr int64_t kPoints = Scheme::kProducts * Scheme::kProducts;
-  const int64_t C = conv.channels(), rows = *FASTSEG_ISA_CALL(kRows);
-  const int64_t parts = ceil_div(kPoints * C * tiles, kStagedFloats);
-  const int64_t most = ceil_div(tiles, parts);
-  const int64_t v_floats = kPoints * (most * C + kLine<E>) / kPerWord<E>;
-  float* m = scratch<StagedBuffer>(v_floats + kPoints * most * conv.panels() * kPanel) + v_floats;
-  E* v = reinterpret_cast<E*>(m - v_floats);
-  const auto input = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_input);
-  const auto multiply = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_multiply);
-  const auto output = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::stage_output);
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t begin = part_begin(tiles, parts, part);
-    const int64_t count = part_begin(tiles, parts, part + 1) - begin;
-    const int64_t blocks = ceil_div(count, rows);
-    parallel_tasks(blocks, [&](int64_t block) {
-      input(conv, begin, count, block, v, scratch<TaskBuffer, typename Conv::Storage>(C));
-    });
-    const int64_t shares = std::min<int64_t>(blocks, kPoints < 16 ? 4 : 1);  // of a point
-    parallel_tasks(kPoints * shares, [&](int64_t task) {
-      const int64_t share = task % shares;
-      multiply(conv, count, task / shares, part_begin(blocks, shares, share),
-               part_begin(blocks, shares, share + 1), v, m);
-    });
-    parallel_tasks(blocks, [&](int64_t block) { output(conv, begin, count, block, m); });
-  }
 }
 
 template <class Conv>
@@ -231,17 +208,12 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
     FASTSEG_COUNT("conv_engine.winograd_1d");
     if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);
   } else {
+    FASTSEG_COUNT("conv_engine.winograd");
     dispatch_tile<E>(o.tile, [&](auto scheme) {
       using Scheme = decltype(scheme);
       const int64_t tiles = conv.N * TileAxis(conv.Ho, conv.dilation_h, Scheme::kOut).count() *
                             TileAxis(conv.Wo, conv.dilation_w, Scheme::kOut).count();
-      if (conv.C <= kTaskChannels) {
-        FASTSEG_COUNT("conv_engine.winograd");
-        run_winograd<Scheme>(conv, tiles);
-      } else {
-        FASTSEG_COUNT("conv_engine.winograd_staged");
-        run_winograd_staged<Scheme>(conv, tiles);
-      }
+      run_winograd<Scheme>(conv, tiles);
     });
   }
 }

@@ -58,74 +58,69 @@ static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, E* a, E* 
   }
 }
 
-// The pixels of one block and panel. Sums start from bias and residual: read at the end, between
-// stores to rows that lie whole pages apart just like theirs, the residual took 256 -> 1024
-// channels from 5.6 to 7.6 ms.
+template <class Conv, typename T = typename Conv::Storage>
+static void locate_pixels(const Conv& conv, int64_t begin, int64_t end, PixelAddress<T>* pixels) {
+  int64_t ox = begin % conv.Wo, oy = begin / conv.Wo % conv.Ho;
+  int64_t n = begin / (conv.Wo * conv.Ho);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    pixels[i] = {conv.y.at(n, oy, ox), conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr};
+    if (++ox == conv.Wo) {
+      ox = 0;
+      if (++oy == conv.Ho) oy = 0, ++n;
+    }
+  }
+}
+
+// The pixels of one block, columns of one panel. Sums start from bias and residual: read at the
+// end, between stores to rows that lie whole pages apart just like theirs, the residual took 256 ->
+// 1024 channels from 5.6 to 7.6 ms.
 template <class Conv>
 struct OutputPixels {
-  using T = typename Conv::Storage;
   const Conv& conv;
   int64_t k;
-  T* y[kRows];
-  const T* residual[kRows];
+  const PixelAddress<typename Conv::Storage>* pixels;
 
-  OutputPixels(const Conv& conv, int64_t first, int64_t rows, int64_t k) : conv(conv), k(k) {
-    int64_t ox = first % conv.Wo, oy = first / conv.Wo % conv.Ho;
-    int64_t n = first / (conv.Wo * conv.Ho);
-    for (int64_t r = 0; r < rows; ++r) {
-      y[r] = conv.y.at(n, oy, ox);
-      residual[r] = conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr;
-      if (++ox == conv.Wo) {
-        ox = 0;
-        if (++oy == conv.Ho) oy = 0, ++n;
-      }
-    }
-  }
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
     const Vec bias = load(conv.bias + k + column);
-    return residual[r] ? bias + load(residual[r] + k + column) : bias;
+    return conv.residual.data ? bias + load(pixels[r].residual + k + column) : bias;
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
-    store_output(conv, v, y[r] + k + column);
-  }
-  // No hardware prefetcher follows rows that lie pages apart.
-  void prefetch_residual(int64_t rows) const {
-    for (int64_t r = 0; r < rows && residual[r]; ++r) {
-      __builtin_prefetch(residual[r] + k);
-      __builtin_prefetch(residual[r] + k + kPanel / 2);
-    }
+    store_output(conv, v, pixels[r].y + k + column);
   }
 };
 
 // Output pixels [begin, end), panels [panel_begin, panel_end). `packed` takes the packed pixels and
-// one more.
-template <class Conv>
+// one more, `pixels` where their outputs lie.
+template <class Conv, typename T = typename Conv::Storage>
 static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t panel_begin,
-                      int64_t panel_end, typename Conv::Operand* packed) {
+                      int64_t panel_end, typename Conv::Operand* packed, PixelAddress<T>* pixels) {
   // Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
   // of torch's convolution.
   constexpr int64_t kPiece = 1024;
-  const int64_t depth = conv.depth(), pixels = end - begin;
-  const int64_t blocks = ceil_div(pixels, kRows);  // of nearly equal height: no thin last one
+  const int64_t depth = conv.depth(), count = end - begin;
+  const int64_t blocks = ceil_div(count, kRows);  // of nearly equal height: no thin last one
+  locate_pixels(conv, begin, end, pixels);
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = part_begin(pixels, blocks, i), last = part_begin(pixels, blocks, i + 1);
-    pack_pixels(conv, begin + first, last - first, packed + first * depth, packed + pixels * depth);
+    const int64_t first = part_begin(count, blocks, i), last = part_begin(count, blocks, i + 1);
+    pack_pixels(conv, begin + first, last - first, packed + first * depth, packed + count * depth);
   }
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t k = panel * kPanel;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
     const auto* b = conv.weight + k * depth;
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(pixels, blocks, i), last = part_begin(pixels, blocks, i + 1);
+      const int64_t first = part_begin(count, blocks, i), last = part_begin(count, blocks, i + 1);
       const int64_t rows = last - first;
       const auto* a = packed + first * depth;
-      const OutputPixels<Conv> pixels_out(conv, begin + first, rows, k);
-      if (i + 1 < blocks && conv.residual.data) {
-        const int64_t next = part_begin(pixels, blocks, i + 2) - last;
-        OutputPixels<Conv>(conv, begin + last, next, k).prefetch_residual(next);
+      if (conv.residual.data && i + 1 < blocks) {
+        // No hardware prefetcher follows rows that lie pages apart.
+        for (int64_t r = last; r < part_begin(count, blocks, i + 2); ++r) {
+          __builtin_prefetch(pixels[r].residual + k);
+          __builtin_prefetch(pixels[r].residual + k + kPanel / 2);
+        }
       }
       if (columns % kLanes == 0 && depth <= kPiece) {
-        gemm_tile(rows, columns, a, b, depth, pixels_out);
+        gemm_tile(rows, columns, a, b, depth, OutputPixels<Conv>{conv, k, pixels + first});
       } else {
         alignas(64) float tile[kRows * kPanel];
         for (int64_t d = 0; d < depth; d += kPiece) {
@@ -133,8 +128,8 @@ static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t pane
                     depth - d < kPiece ? depth - d : kPiece, StoreTile{tile, d > 0});
         }
         for (int64_t r = 0; r < rows; ++r) {
-          finish_pixel(conv, k, columns, tile + r * kPanel, pixels_out.y[r],
-                       pixels_out.residual[r]);
+          finish_pixel(conv, k, columns, tile + r * kPanel, pixels[first + r].y,
+                       pixels[first + r].residual);
         }
       }
     }

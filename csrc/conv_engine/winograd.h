@@ -12,6 +12,10 @@
 namespace fastseg {
 namespace conv_engine {
 
+// Channels that are transformed and summed at a time: V of a task and the weights of a point stay
+// in L2, and sums of pieces are more accurate than one long sum.
+constexpr int64_t kWinogradPiece = 512;
+
 // Positive points per tile size, chosen for the smallest error of random data (docstring of
 // fastseg/ops/conv_engine.py); sums and products of their squares are exact in float32.
 template <int kOut, int kTaps>

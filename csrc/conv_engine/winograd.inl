@@ -1,10 +1,10 @@
 // 3x3 convolution of stride 1 and any dilation by Winograd F(m x m, 3 x 3) on the tiles of
 // winograd.h. Tiles are grouped in blocks of up to kRows: the rows of a register tile.
-//   V (transformed input) of a block and point: [C / kLine][rows][kLine]
-//   packed weight: [panel][point][C / kPerWord, of whole lines][kPanel][kPerWord]
-//   M (products) of a block, point and panel: [rows][kPanel]
-// Points of V lie a cache line further apart than they need to, so that they do not fall on the
-// same cache sets.
+//   V (transformed input) of a piece of C, point and block: [C / kLine][rows][kLine]
+//   packed weight: [piece][point][panel][C / kPerWord, of whole lines][kPanel][kPerWord]
+//   M (products) of a point: [tile][output channel]
+// Points of V and M, and tiles of M, lie a cache line further apart than they need to, so that they
+// do not fall on the same cache sets.
 
 template <int kOut, int kTaps, class P, int kIn>
 FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P>, const Vec (&d)[kIn], Vec (&v)[kIn]) {
@@ -69,42 +69,47 @@ struct WinogradKernel {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
 
-  // Tiles [begin, end), counted over (image, tile row, tile column), from input to output. A few
-  // dozen tiles at a time keep V and M in L2, and no other thread waits for them.
+  // Tiles [begin, end), counted over (image, tile row, tile column), from input to output: no other
+  // thread waits for them. The points come one after the other, so that V and M, which may be
+  // larger than L2, pass through it once, and a point's V and weights are there while all panels
+  // and blocks use them. With panels outermost every one of them read all of V again: one thread
+  // took 51 instead of 31 ms for 512 channels.
   static void run(const Conv& conv, int64_t begin, int64_t end, float* scratch) {
     const int64_t C = conv.channels(), tiles = end - begin;
     const int64_t blocks = ceil_div(tiles, kRows);
+    const int64_t v_point = v_point_size(conv, tiles), m_point = m_point_size(conv, tiles);
     E* v = reinterpret_cast<E*>(scratch);
-    float* m = scratch + blocks * v_size(conv) / kPerWord<E>;
-    T* zeros = reinterpret_cast<T*>(m + blocks * kMSize);
-    clear(zeros, C);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(tiles, blocks, i);
-      const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-      transform_input(conv, begin + first, rows, zeros, v + i * v_size(conv), C * rows + kLine<E>,
-                      false);
-    }
-    for (int64_t k = 0; k < conv.K; k += kPanel) {
-      const E* b = conv.weight + k * kPoints * C;
-      for (int64_t point = 0; point < kPoints; ++point, b += C * kPanel) {
-        for (int64_t i = 0; i < blocks; ++i) {
-          const int64_t rows = part_begin(tiles, blocks, i + 1) - part_begin(tiles, blocks, i);
-          const E* a = v + i * v_size(conv) + point * (C * rows + kLine<E>);
-          gemm_tile(rows, columns(conv, k), a, b, C,
-                    StoreTile{m + i * kMSize + point * kRows * kPanel});
-        }
-      }
+    float* m = scratch + kPoints * v_point / kPerWord<E>;
+    T* zeros = reinterpret_cast<T*>(m + kPoints * m_point);
+    for (int64_t c = 0; c < C; ++c) zeros[c] = 0;
+    const E* b = conv.weight;
+    for (int64_t c = 0; c < C; c += kWinogradPiece) {
+      const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = part_begin(tiles, blocks, i);
         const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-        transform_output(conv, begin + first, rows, k, m + i * kMSize, kRows * kPanel);
+        transform_input(conv, begin + first, rows, c, c + depth, zeros, v + first * depth, v_point);
+      }
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t k = 0; k < conv.K; k += kPanel, b += depth * kPanel) {
+          for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = part_begin(tiles, blocks, i);
+            const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
+            float* products = m + point * m_point + first * row_size(conv) + k;
+            gemm_tile(rows, columns(conv, k), v + point * v_point + first * depth, b, depth,
+                      StoreTile{products, c > 0, row_size(conv)});
+          }
+        }
       }
     }
+    transform_output(conv, begin, tiles, m, m_point);
+    if (conv.stream) stream_fence();
   }
 
   // Floats of scratch memory that run() needs for so many tiles.
   static int64_t scratch_size(const Conv& conv, int64_t tiles) {
-    return ceil_div(tiles, kRows) * (v_size(conv) / kPerWord<E> + kMSize) + conv.channels();
+    return kPoints * (v_point_size(conv, tiles) / kPerWord<E> + m_point_size(conv, tiles)) +
+           conv.channels();
   }
 
   // Channels [first, first + kLine) of one panel of the weights (K, C, 3, 3) to their packed form,
@@ -113,8 +118,11 @@ struct WinogradKernel {
                    E* packed) {
     double g[kProducts][3];
     for (int i = 0; i < kProducts; ++i) Scheme::weight_row(i, g[i]);
-    const int64_t depth = round_up(C, kLine<E>), columns = K - panel * kPanel;
-    packed += panel * kPoints * depth * kPanel;
+    const int64_t panels = ceil_div(K, kPanel), columns = K - panel * kPanel;
+    const int64_t piece = first / kWinogradPiece * kWinogradPiece;
+    const int64_t rest = round_up(C, kLine<E>) - piece;
+    const int64_t depth = rest < kWinogradPiece ? rest : kWinogradPiece;
+    packed += (piece * kPoints * panels + panel * depth) * kPanel;
     for (int64_t c = first; c < first + kLine<E>; ++c) {
       double w[9][kPanel] = {}, half[kProducts][3][kPanel];
       for (int64_t k = 0; k < kPanel && k < columns && c < C; ++k) {
@@ -128,9 +136,10 @@ struct WinogradKernel {
           }
         }
       }
-      E* dst = packed + (c / kPerWord<E> * kPanel) * kPerWord<E> + c % kPerWord<E>;
+      const int64_t d = c - piece;
+      E* dst = packed + (d / kPerWord<E> * kPanel) * kPerWord<E> + d % kPerWord<E>;
       for (int i = 0; i < kProducts; ++i) {
-        for (int j = 0; j < kProducts; ++j, dst += depth * kPanel) {
+        for (int j = 0; j < kProducts; ++j, dst += depth * panels * kPanel) {
           for (int k = 0; k < kPanel; ++k) {
             const double u =
                 g[j][0] * half[i][0][k] + g[j][1] * half[i][1][k] + g[j][2] * half[i][2][k];
@@ -141,71 +150,27 @@ struct WinogradKernel {
     }
   }
 
-  // The same in three stages with all threads at each, for so many channels that V of a task would
-  // not stay in L2: every point's weights and V are then read from memory once. The tiles of a
-  // stage are [begin, begin + tiles).
-  //   V: [point][block], M: [point][panel][tile][kPanel]
-
-  static void stage_input(const Conv& conv, int64_t begin, int64_t tiles, int64_t block, E* v,
-                          T* zeros) {
-    const int64_t C = conv.channels(), blocks = ceil_div(tiles, kRows);
-    const int64_t first = part_begin(tiles, blocks, block);
-    const int64_t rows = part_begin(tiles, blocks, block + 1) - first;
-    clear(zeros, C);
-    transform_input(conv, begin + first, rows, zeros, v + first * C, tiles * C + kLine<E>, true);
-    stream_fence();
-  }
-
-  // Blocks [block_begin, block_end) of one point, all panels. The reduction is cut into pieces of
-  // which the weights of all panels stay in L2 and V in L1, so both are read from memory once; sums
-  // of pieces are also more accurate than one long sum.
-  static void stage_multiply(const Conv& conv, int64_t tiles, int64_t point, int64_t block_begin,
-                             int64_t block_end, const E* v, float* m) {
-    constexpr int64_t kPiece = 512;
-    const int64_t C = conv.channels(), blocks = ceil_div(tiles, kRows);
-    v += point * (tiles * C + kLine<E>);
-    m += point * conv.panels() * tiles * kPanel;
-    for (int64_t c = 0; c < C; c += kPiece) {
-      const int64_t depth = C - c < kPiece ? C - c : kPiece;
-      for (int64_t i = block_begin; i < block_end; ++i) {
-        const int64_t first = part_begin(tiles, blocks, i);
-        const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-        for (int64_t panel = 0; panel < conv.panels(); ++panel) {
-          const E* b = conv.weight + ((panel * kPoints + point) * C + c) * kPanel;
-          gemm_tile(rows, columns(conv, panel * kPanel), v + first * C + c * rows, b, depth,
-                    StoreTile{m + (panel * tiles + first) * kPanel, c > 0});
-        }
-      }
-    }
-  }
-
-  static void stage_output(const Conv& conv, int64_t begin, int64_t tiles, int64_t block,
-                           const float* m) {
-    const int64_t blocks = ceil_div(tiles, kRows);
-    const int64_t first = part_begin(tiles, blocks, block);
-    const int64_t rows = part_begin(tiles, blocks, block + 1) - first;
-    for (int64_t panel = 0; panel < conv.panels(); ++panel) {
-      transform_output(conv, begin + first, rows, panel * kPanel,
-                       m + (panel * tiles + first) * kPanel, conv.panels() * tiles * kPanel);
-    }
-  }
-
  private:
   static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
   static constexpr int kPoints = kProducts * kProducts;
-  static constexpr int64_t kMSize = kPoints * kRows * kPanel;  // of a block
 
-  static int64_t v_size(const Conv& conv) { return kPoints * (conv.channels() * kRows + kLine<E>); }
+  // Distance of the points in V and in M, and of the tiles in M.
+  static int64_t v_point_size(const Conv& conv, int64_t tiles) {
+    const int64_t C = conv.channels();
+    return tiles * (C < kWinogradPiece ? C : kWinogradPiece) + kLine<E>;
+  }
+  static int64_t m_point_size(const Conv& conv, int64_t tiles) {
+    return tiles * row_size(conv) + kGroup;
+  }
+  static int64_t row_size(const Conv& conv) { return conv.panels() * kPanel + kGroup; }
   static int64_t columns(const Conv& conv, int64_t k) {
     return conv.K - k < kPanel ? conv.K - k : kPanel;
   }
-  static void clear(T* p, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) p[i] = 0;
-  }
 
-  // Tiles [first, first + rows) to V; input pixels outside the image are read from `zeros`.
-  static void transform_input(const Conv& conv, int64_t first, int64_t rows, const T* zeros, E* v,
-                              int64_t point_stride, bool stream) {
+  // Channels [c_begin, c_end) of tiles [first, first + rows) to V; input pixels outside the image
+  // are read from `zeros`.
+  static void transform_input(const Conv& conv, int64_t first, int64_t rows, int64_t c_begin,
+                              int64_t c_end, const T* zeros, E* v, int64_t point_stride) {
     const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
     const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
     for (int64_t r = 0; r < rows; ++r) {
@@ -223,10 +188,10 @@ struct WinogradKernel {
           src[i][j] = inside ? conv.x.at(n, y, x) : zeros;
         }
       }
-      for (int64_t c = 0; c < conv.C; c += kLine<E>) {
-        E* dst = v + c * rows + r * kLine<E>;
+      for (int64_t c = c_begin; c < c_end; c += kLine<E>) {
+        E* dst = v + (c - c_begin) * rows + r * kLine<E>;
         if (c + kLine<E> <= conv.C) {
-          transform_group(src, c, dst, point_stride, stream);
+          transform_group(src, c, dst, point_stride);
         } else {
           alignas(64) T last[kIn * kIn][kLine<E>] = {};  // C is not a whole number of groups
           const T* padded[kIn][kIn];
@@ -234,7 +199,7 @@ struct WinogradKernel {
             padded[i / kIn][i % kIn] = last[i];
             for (int64_t l = 0; l < conv.C - c; ++l) last[i][l] = src[i / kIn][i % kIn][c + l];
           }
-          transform_group(padded, 0, dst, point_stride, stream);
+          transform_group(padded, 0, dst, point_stride);
         }
       }
     }
@@ -242,7 +207,7 @@ struct WinogradKernel {
 
   // A line of channels of one tile.
   static void transform_group(const T* const (&src)[kIn][kIn], int64_t c, E* dst,
-                              int64_t point_stride, bool stream) {
+                              int64_t point_stride) {
     for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec columns[kProducts][kIn];
 #pragma GCC unroll 8
@@ -260,55 +225,59 @@ struct WinogradKernel {
         input_transform(Scheme{}, columns[i], v);
 #pragma GCC unroll 8
         for (int j = 0; j < kProducts; ++j) {
-          E* to = dst + (i * kProducts + j) * point_stride + l;
-          if (stream) {
-            store_stream(to, v[j]);
-          } else {
-            store(to, v[j]);
+          store(dst + (i * kProducts + j) * point_stride + l, v[j]);
+        }
+      }
+    }
+  }
+
+  // Products of tiles [first, first + rows) to output pixels.
+  static void transform_output(const Conv& conv, int64_t first, int64_t rows, const float* m,
+                               int64_t point_stride) {
+    const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
+    const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
+    for (int64_t r = 0; r < rows; ++r, m += row_size(conv)) {
+      const int64_t tile = first + r;
+      const int64_t x0 = axis_x.first(tile % tiles_x);
+      const int64_t y0 = axis_y.first(tile / tiles_x % tiles_y);
+      const int64_t n = tile / (tiles_x * tiles_y);
+      for (int64_t k = 0; k < conv.K; k += kPanel) {
+        alignas(64) float sums[kOut][kOut][kPanel];
+        for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
+          inverse_transform(m + k + l, point_stride, sums, l);
+        }
+        for (int i = 0; i < kOut && y0 + i * conv.dilation_h < conv.Ho; ++i) {
+          for (int j = 0; j < kOut && x0 + j * conv.dilation_w < conv.Wo; ++j) {
+            const int64_t oy = y0 + i * conv.dilation_h, ox = x0 + j * conv.dilation_w;
+            finish_pixel(conv, k, columns(conv, k), sums[i][j], conv.y.at(n, oy, ox),
+                         conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr);
           }
         }
       }
     }
   }
 
-  // Products of tiles [first, first + rows) to output channels [k, k + kPanel).
-  static void transform_output(const Conv& conv, int64_t first, int64_t rows, int64_t k,
-                               const float* m, int64_t point_stride) {
-    const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
-    const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
-    for (int64_t r = 0; r < rows; ++r, m += kPanel) {
-      const int64_t tile = first + r;
-      const int64_t x0 = axis_x.first(tile % tiles_x);
-      const int64_t y0 = axis_y.first(tile / tiles_x % tiles_y);
-      const int64_t n = tile / (tiles_x * tiles_y);
-      alignas(64) float sums[kOut][kOut][kPanel];
-      for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-        Vec half[kOut][kProducts];
+  // kLanes channels of one tile.
+  FASTSEG_INLINE void inverse_transform(const float* m, int64_t point_stride,
+                                        float (&sums)[kOut][kOut][kPanel], int64_t l) {
+    Vec half[kOut][kProducts];
 #pragma GCC unroll 8
-        for (int j = 0; j < kProducts; ++j) {
-          Vec p[kProducts], y[kOut];
+    for (int j = 0; j < kProducts; ++j) {
+      Vec p[kProducts], y[kOut];
 #pragma GCC unroll 8
-          for (int i = 0; i < kProducts; ++i)
-            p[i] = load(m + (i * kProducts + j) * point_stride + l);
-          output_transform(Scheme{}, p, y);
-#pragma GCC unroll 8
-          for (int i = 0; i < kOut; ++i) half[i][j] = y[i];
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kOut; ++i) {
-          Vec y[kOut];
-          output_transform(Scheme{}, half[i], y);
-#pragma GCC unroll 8
-          for (int j = 0; j < kOut; ++j) store(sums[i][j] + l, y[j]);
-        }
+      for (int i = 0; i < kProducts; ++i) {
+        p[i] = load(m + (i * kProducts + j) * point_stride);
       }
-      for (int i = 0; i < kOut && y0 + i * conv.dilation_h < conv.Ho; ++i) {
-        for (int j = 0; j < kOut && x0 + j * conv.dilation_w < conv.Wo; ++j) {
-          const int64_t oy = y0 + i * conv.dilation_h, ox = x0 + j * conv.dilation_w;
-          finish_pixel(conv, k, columns(conv, k), sums[i][j], conv.y.at(n, oy, ox),
-                       conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr);
-        }
-      }
+      output_transform(Scheme{}, p, y);
+#pragma GCC unroll 8
+      for (int i = 0; i < kOut; ++i) half[i][j] = y[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kOut; ++i) {
+      Vec y[kOut];
+      output_transform(Scheme{}, half[i], y);
+#pragma GCC unroll 8
+      for (int j = 0; j < kOut; ++j) store(sums[i][j] + l, y[j]);
     }
   }
 };

@@ -66,17 +66,17 @@ BORDERED_CASES = [
     (2, 16, 5, 4, 17, (5, 2), (5, 2)),
     (1, 20, 1, 1, 16, (1, 1), (1, 1)),
 ]
-# The staged form, of more than 1024 channels.
-STAGED_CASES = [(1, 1040, 9, 8, 40, (3, 3), (3, 3)), (1, 1030, 3, 2, 8, (2, 2), (2, 2))]
+# More channels than are summed at once.
+PIECES_CASES = [(1, 1040, 9, 8, 40, (3, 3), (3, 3)), (1, 1030, 3, 2, 8, (2, 2), (2, 2))]
 
 
 @pytest.mark.parametrize("tile", [2, 3, 4, 6])
-@pytest.mark.parametrize("shape", [*WINOGRAD_CASES, *STAGED_CASES], ids=str)
+@pytest.mark.parametrize("shape", [*WINOGRAD_CASES, *PIECES_CASES], ids=str)
 def test_winograd(shape, tile, cpu_isa):
     check_tile(shape, tile)
 
 
-@pytest.mark.parametrize("shape", [*BORDERED_CASES, STAGED_CASES[1]], ids=str)
+@pytest.mark.parametrize("shape", [*BORDERED_CASES, PIECES_CASES[1]], ids=str)
 def test_bordered(shape, cpu_isa):
     check_tile(shape, 1)
 
@@ -106,7 +106,7 @@ def test_line(shape, vertical, cpu_isa):
 
 
 @pytest.mark.slow
-def test_staged_in_several_parts():
+def test_pieces_of_many_tasks():
     check_tile((1, 2048, 161, 163, 32, (1, 1), (1, 1)), 4)
 
 
