@@ -363,14 +363,13 @@ Tensor conv_act_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return z;
 }
 
-// Training: y = convolution; z = activation(batch norm of y by its own statistics + residual).
-// Returns z, y, mean and biased variance (C,), the latter two in the accumulation type.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cpu(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
-    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups,
-    double eps, double negative_slope) {
-  Tensor y = convolution(x, weight, bias, stride, padding, dilation, groups);
+// z = activation(batch norm of y by its own statistics + residual). Returns z, mean and biased
+// variance (C,), the latter two in the accumulation type.
+std::tuple<Tensor, Tensor, Tensor> bn_act_stats_cpu(const Tensor& y,
+                                                    const OptionalTensor& bn_weight,
+                                                    const OptionalTensor& bn_bias,
+                                                    const OptionalTensor& residual, double eps,
+                                                    double negative_slope) {
   const DenseLayout layout = dense_layout(y);
   const auto stats = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor z = fresh_like(y);
@@ -386,6 +385,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cpu(
                        eps, negative_slope, z, mean.mutable_data_ptr<acc>(),
                        var.mutable_data_ptr<acc>());
   });
+  return {z, mean, var};
+}
+
+// The same behind a convolution. Returns z, y, mean and variance.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cpu(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups,
+    double eps, double negative_slope) {
+  const Tensor y = convolution(x, weight, bias, stride, padding, dilation, groups);
+  const auto [z, mean, var] =
+      bn_act_stats_cpu(y, bn_weight, bn_bias, residual, eps, negative_slope);
   return {z, y, mean, var};
 }
 
@@ -428,6 +439,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "Tensor? residual, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
       "float eps, float negative_slope) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "bn_act_stats(Tensor y, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, "
+      "float negative_slope) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor var, Tensor? bn_weight, "
       "Tensor? bn_bias, Tensor? residual, float eps, float negative_slope) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -435,6 +449,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_act", TORCH_BOX(&conv_act_cpu));
   m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cpu));
+  m.impl("bn_act_stats", TORCH_BOX(&bn_act_stats_cpu));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward_cpu));
 }
 

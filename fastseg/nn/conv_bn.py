@@ -35,6 +35,7 @@ class ConvBNReLU2d(nn.Module):
         eps, momentum: as in ``nn.BatchNorm2d``.
         activation: "relu", "leaky_relu" or "none".
         negative_slope: of "leaky_relu", at least 0.
+        accuracy: "default" or "strict" training, see :func:`fastseg.ops.conv_bn_act`.
 
     Shapes: x (N, in_channels, H, W) and residual, if any, like the result
     (N, out_channels, H', W').
@@ -55,6 +56,7 @@ class ConvBNReLU2d(nn.Module):
         momentum: float | None = 0.1,
         activation: str = "relu",
         negative_slope: float = 0.01,
+        accuracy: str = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class ConvBNReLU2d(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
         self.activation = activation
         self.negative_slope = negative_slope
+        self.accuracy = accuracy
         self._folded: _Folded | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -111,6 +114,7 @@ class ConvBNReLU2d(nn.Module):
                 eps=bn.eps,
                 activation=self.activation,
                 negative_slope=self.negative_slope,
+                accuracy=self.accuracy,
             )
         weight, bias = self._fold(x)
         return conv_act(

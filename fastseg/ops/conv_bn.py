@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .winograd_conv import training_tile, winograd_conv2d
+
 IntPair = int | tuple[int, ...]  # one number, or (height, width)
 
 ACTIVATIONS = ("relu", "leaky_relu", "none")
@@ -30,6 +32,7 @@ def conv_bn_act(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    accuracy: str = "default",
 ) -> Tensor:
     """``activation(batch_norm(conv2d(x, weight, bias)) + residual)`` with one pass after the
     convolution (inference: the batch norm is folded into the weights).
@@ -51,6 +54,9 @@ def conv_bn_act(
         eps: added to the variance.
         activation: "relu", "leaky_relu" or "none".
         negative_slope: of "leaky_relu", at least 0.
+        accuracy: "default" lets training on the CPU in float32 use Winograd's F(4, 3) for 3x3
+            kernels of channels-last input, with an error of at most 1e-5 of the largest value in
+            the convolution and its gradients; "strict" always takes torch's convolution.
 
     Returns:
         (N, C, H', W') in the dtype and memory format that conv2d gives. Differentiable in ``x``,
@@ -63,6 +69,8 @@ def conv_bn_act(
             training.
     """
     _check(x, weight, bias, stride, padding, dilation, groups, activation, negative_slope)
+    if accuracy not in ("default", "strict"):
+        raise ValueError(f'conv_bn_act: accuracy must be "default" or "strict", got {accuracy!r}')
     C = weight.shape[0]
     for name, value in (
         ("bn_weight", bn_weight),
@@ -96,18 +104,15 @@ def conv_bn_act(
         )
     if count == 0:  # nothing to take statistics of
         return F.conv2d(x, weight, bias, *geometry, groups)
-    z, _, mean, var = torch.ops.fastseg.conv_bn_act(
-        x,
-        weight,
-        bias,
-        bn_weight,
-        bn_bias,
-        residual,
-        *geometry,
-        groups,
-        eps,
-        _slope(activation, negative_slope),
-    )
+    slope = _slope(activation, negative_slope)
+    tile = training_tile(x, weight, *geometry, groups, accuracy)
+    if tile:
+        y = winograd_conv2d(x, weight, bias, *geometry[1:], tile)
+        z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
+    else:
+        z, _, mean, var = torch.ops.fastseg.conv_bn_act(
+            x, weight, bias, bn_weight, bn_bias, residual, *geometry, groups, eps, slope
+        )
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             if running is not None:
@@ -402,6 +407,30 @@ def _(dz, y, mean, var, bn_weight, bn_bias, residual, eps, slope):
     return torch.empty_like(y), torch.empty_like(mean), torch.empty_like(var), dresidual
 
 
+def _bn_gradients(
+    ctx: Any,
+    dz: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, bn_weight, bn_bias and the residual."""
+    dy, dweight, dbias, dresidual = torch.ops.fastseg.bn_act_backward(
+        dz, y, mean, var, bn_weight, bn_bias, residual, ctx.eps, ctx.slope
+    )
+    if residual is None:
+        dresidual = dz if ctx.with_residual else None
+    return (
+        dy,
+        None if bn_weight is None else dweight.to(bn_weight.dtype),
+        None if bn_bias is None else dbias.to(bn_bias.dtype),
+        dresidual,
+    )
+
+
 def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, weight, _, bn_weight, bn_bias, residual, *geometry, ctx.groups, ctx.eps, ctx.slope = inputs
     _, y, mean, var = output
@@ -421,23 +450,43 @@ def _conv_bn_act_backward(ctx, dz, *_):
     nothing = (None,) * 12
     if dz is None:
         return nothing
-    dy, dweight, dbias, dresidual = torch.ops.fastseg.bn_act_backward(
-        dz, y, mean, var, bn_weight, bn_bias, residual, ctx.eps, ctx.slope
-    )
+    dy, *rest = _bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)
     grads = (None, None, None)
     if any(ctx.needs_input_grad[:3]):
         grads = _conv_backward(ctx, dy, x, weight)
-    if residual is None:
-        dresidual = dz if ctx.with_residual else None
-    return (
-        *grads,
-        None if bn_weight is None else dweight.to(bn_weight.dtype),
-        None if bn_bias is None else dbias.to(bn_bias.dtype),
-        dresidual,
-        *nothing[6:],
-    )
+    return *grads, *rest, *nothing[6:]
 
 
 torch.library.register_autograd(
     "fastseg::conv_bn_act", _conv_bn_act_backward, setup_context=_conv_bn_act_setup
+)
+
+
+# fastseg::bn_act_stats: fastseg::conv_bn_act without its convolution
+
+
+@torch.library.register_fake("fastseg::bn_act_stats")
+def _(y, bn_weight, bn_bias, residual, eps, slope):
+    stats = [y.new_empty(y.shape[1], dtype=_stats_dtype(y)) for _ in range(2)]
+    return torch.empty_like(y), *stats
+
+
+def _bn_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    y, bn_weight, bn_bias, residual, ctx.eps, ctx.slope = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.with_residual = residual is not None
+    ctx.save_for_backward(y, mean, var, bn_weight, bn_bias, residual if ctx.slope != 1 else None)
+
+
+def _bn_act_backward(ctx, dz, *_):
+    y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
+    if dz is None:
+        return (None,) * 6
+    return *_bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual), None, None
+
+
+torch.library.register_autograd(
+    "fastseg::bn_act_stats", _bn_act_backward, setup_context=_bn_act_setup
 )
