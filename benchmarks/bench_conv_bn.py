@@ -8,6 +8,8 @@ from fastseg.nn import ConvBNReLU2d
 # (N, C_in, H, W), C, kernel, dilation
 CASES = [
     ((1, 64, 180, 240), 64, 1, 1),  # bottleneck at a quarter of 720 x 960: little arithmetic
+    ((4, 256, 65, 65), 256, 3, 2),  # dilated ResNet stage on 513 x 513 crops
+    ((1, 64, 180, 240), 64, 3, 1),
     ((4, 256, 33, 33), 256, 3, 2),  # dilated ResNet stage on 257 x 257 crops
 ]
 

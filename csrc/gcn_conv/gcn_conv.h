@@ -1,4 +1,4 @@
-// What the CPU and the CUDA form of global_conv2d share: sizes and the checks that guard memory.
+// Sizes of global_conv2d and the checks that guard memory.
 //
 // y = l2(l1(x)) + r2(r1(x)), where l1 and r2 have k x 1 kernels, l2 and r1 have 1 x k ones, padded
 // to keep the size. All images are channels last. The tap form of one stage: columns

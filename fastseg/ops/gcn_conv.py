@@ -29,8 +29,8 @@ def global_conv2d(
 
     The CPU computes each convolution by Winograd's F(5, 5) along its axis: the error is at most
     1e-5 of the largest output against float64 (see ``fastseg.ops.conv_engine``), the same bits for
-    any number of threads; gradients are torch's matrix products. float64 runs as torch's
-    convolutions.
+    any number of threads; gradients are torch's matrix products. float64, and all dtypes on CUDA,
+    run as torch's convolutions.
 
     Args:
         x: (N, C, H, W), float32, float64, bfloat16 or float16, best in channels-last memory.
@@ -52,6 +52,8 @@ def global_conv2d(
         dtype = torch.get_autocast_dtype(x.device.type)
         arguments = tuple(t.to(dtype) for t in arguments)  # type: ignore[assignment]
     _check(*arguments)
+    if x.device.type not in ("cpu", "meta"):  # no kernel of ours yet
+        return global_conv2d_reference(*arguments).contiguous(memory_format=torch.channels_last)
     return torch.ops.fastseg.gcn_conv(*arguments)[0]
 
 
@@ -209,14 +211,14 @@ def _gcn_conv_backward(
     N, C, H, W = x.shape
     K, k = l1.shape[0], l1.shape[2]
     half = k * K
-    wide = left.dtype if x.device.type == "cpu" else x.dtype  # what is multiplied
+    wide = left.dtype  # what is multiplied
     first = torch.cat([_taps(l1), _taps(r1)]).to(wide)
     second_l, second_r = _taps(l2).to(wide), _taps(r2).to(wide)
-    rows = max(1, CHUNK // max(1, W * 2 * half)) if x.device.type == "cpu" else N * H
+    rows = max(1, CHUNK // max(1, W * 2 * half))
     chunks = [(begin, min(begin + rows, N * H)) for begin in range(0, N * H, rows)]
 
     dy = dy.to(wide).contiguous(memory_format=torch.channels_last)
-    left_pixels, right_pixels = _pixels(left).to(wide), _pixels(right).to(wide)
+    left_pixels, right_pixels = _pixels(left), _pixels(right)
     dleft, dright = torch.empty_like(left_pixels), torch.empty_like(right_pixels)
     dl2, dr2 = torch.zeros_like(second_l), torch.zeros_like(second_r)
     for begin, end in chunks:
