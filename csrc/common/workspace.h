@@ -49,10 +49,11 @@ class WorkspacePool {
         return block;
       }
     }
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
-    bytes = (bytes + alignment - 1) / alignment * alignment;
-    void* data = std::aligned_alloc(alignment, bytes);
-    if (data == nullptr) throw std::bad_alloc();
+    // Not a multiple of the alignment: a huge page for the tail would be resident in full.
+    void* data = nullptr;
+    if (posix_memalign(&data, bytes >= kHugePage ? kHugePage : 4096, bytes) != 0) {
+      throw std::bad_alloc();
+    }
 #if defined(__linux__)
     if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
 #endif

@@ -247,15 +247,23 @@ bool mean_field(const Problem<T>& problem, Form form) {
     });
     if (!valid) return false;
     if (last) break;
-    for (Term<T>& term : form.terms) {
+    const auto filter = [&](int64_t k) {
+      Term<T>& term = form.terms[static_cast<size_t>(k)];
       std::swap(term.values, term.next);
       T* values = term.values.data();
       merge_and_blur(term.lattice, false, width, values);
-      if (term.matrix.empty()) continue;
+      if (term.matrix.empty()) return;
       torch::stable::parallel_for(
           0, term.lattice.header->vertices, 256, [&](int64_t begin, int64_t end) {
             kernels.transform_rows(term.matrix.data(), begin, end, width, values);
           });
+    };
+    // A thread per term where an axis is too short to share.
+    const auto terms = static_cast<int64_t>(form.terms.size());
+    if (width == 1) {
+      parallel_tasks(terms, filter);
+    } else {
+      for (int64_t k = 0; k < terms; ++k) filter(k);
     }
   }
   return true;
