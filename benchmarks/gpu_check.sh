@@ -16,7 +16,7 @@ fi
 $python -m fastseg info
 
 step "every code path against the CPU kernels; fresh memory is NaN"
-kernels=tests/cuda_emulation/test_kernels.py
+kernels=tests/cuda_emulation
 $python -m pytest -q "$kernels" -k on_cuda
 
 step "the tests of the ops on CUDA"

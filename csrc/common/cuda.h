@@ -136,11 +136,18 @@ __device__ __forceinline__ void for_each_in_rows(int64_t outers, int rows, int i
   }
 }
 
+struct DeviceLimits {
+  int multiprocessors, major;  // major: of the compute capability
+};
+
 #if defined(FASTSEG_EMULATE)
 
 inline cudaStream_t current_stream(const torch::stable::Tensor&) { return nullptr; }
 
 inline bool is_capturing(cudaStream_t) { return false; }
+
+// Few multiprocessors, so that small shapes fill them.
+inline DeviceLimits device_limits() { return {3, 8}; }
 
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor&) {}
@@ -154,6 +161,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
 }
 
+#define __grid_constant__
 #define FASTSEG_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastseg_emulated, CPU, m)
 
 #else
@@ -179,6 +187,17 @@ inline bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &status), "stream capture query");
   return status != cudaStreamCaptureStatusNone;
+}
+
+// Of the current device.
+inline DeviceLimits device_limits() {
+  int device, multiprocessors, major;
+  check_cuda(cudaGetDevice(&device), "device query");
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+             "device query");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "device query");
+  return {multiprocessors, major};
 }
 
 // Makes x's device the current one for the guard's lifetime.

@@ -11,11 +11,13 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/layout.h"
 
 namespace fastseg {
 
 using IntList = std::vector<int64_t>;  // (height, width)
 using OptionalTensor = std::optional<Tensor>;
+using OptionalSizes = std::optional<IntList>;
 
 // torch's own convolution, on whatever device x is on.
 inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -34,6 +36,34 @@ inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const Opt
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// torch's gradients of that convolution in x and weight, where dx and dweight are not null, in the
+// layout that image_layout gives those.
+inline void torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                       const IntList& stride, const IntList& padding,
+                                       const IntList& dilation, int64_t groups, Tensor* dx,
+                                       Tensor* dweight) {
+  using torch::stable::detail::from;
+  if (dx == nullptr && dweight == nullptr) return;
+  const bool wanted[3] = {dx != nullptr, dweight != nullptr, false};
+  std::array<StableIValue, 11> stack{from(dy),
+                                     from(x),
+                                     from(weight),
+                                     from(OptionalSizes{}),  // of a bias
+                                     from(stride),
+                                     from(padding),
+                                     from(dilation),
+                                     from(false),  // not transposed
+                                     from(IntList{0, 0}),
+                                     from(groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor gradients[3];
+  for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  if (dx != nullptr) *dx = dense(gradients[0], image_layout(x));
+  if (dweight != nullptr) *dweight = dense(gradients[1], image_layout(weight));
 }
 
 // How the elements of a dense (N, C, H, W) tensor lie in memory: as N * C planes of H * W elements,

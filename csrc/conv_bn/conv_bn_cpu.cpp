@@ -343,7 +343,8 @@ Tensor fresh_like(const Tensor& y) {
 // the output's shape -> activation(convolution + residual).
 Tensor conv_act_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                     const OptionalTensor& residual, const IntList& stride, const IntList& padding,
-                    const IntList& dilation, int64_t groups, double negative_slope) {
+                    const IntList& dilation, int64_t groups, double negative_slope,
+                    bool /* allow_tf32 */) {
   Tensor z = convolution(x, weight, bias, stride, padding, dilation, groups);
   if (!residual.has_value() && negative_slope == 1) return z;
   const DenseLayout layout = dense_layout(z);
@@ -393,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cpu(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
     const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups,
-    double eps, double negative_slope) {
+    double eps, double negative_slope, bool /* allow_tf32 */) {
   const Tensor y = convolution(x, weight, bias, stride, padding, dilation, groups);
   const auto [z, mean, var] =
       bn_act_stats_cpu(y, bn_weight, bn_bias, residual, eps, negative_slope);
@@ -427,17 +428,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
   return {dy, dweight, dbias, dresidual};
 }
 
+// The convolution's gradients in x and weight, those that are needed, in their layouts; of one that
+// is not needed a tensor without elements.
+std::tuple<Tensor, Tensor> conv_backward_cpu(const Tensor& dy, const Tensor& x,
+                                             const Tensor& weight, const IntList& stride,
+                                             const IntList& padding, const IntList& dilation,
+                                             int64_t groups, bool need_x, bool need_weight,
+                                             bool /* allow_tf32 */) {
+  Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(x, {0});
+  torch_convolution_backward(dy, x, weight, stride, padding, dilation, groups,
+                             need_x ? &dx : nullptr, need_weight ? &dweight : nullptr);
+  return {dx, dweight};
+}
+
 }  // namespace
 
 // negative_slope stands for the activation: 0 is ReLU, 1 is none, anything else leaky ReLU.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
-      "SymInt[] padding, SymInt[] dilation, SymInt groups, float negative_slope) -> Tensor");
+      "SymInt[] padding, SymInt[] dilation, SymInt groups, float negative_slope, bool "
+      "allow_tf32=False) -> Tensor");
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? residual, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-      "float eps, float negative_slope) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float eps, float negative_slope, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "conv_backward(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, bool need_x, bool need_weight, bool allow_tf32=False) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "conv_branches(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] dilations, Tensor? "
+      "tail, "
+      "float negative_slope, bool allow_tf32=False) -> Tensor");
+  // conv_bn_act and bn_act_backward in halves, between which processes may meet (sync_bn.py).
+  m.def(
+      "conv_stats(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_act(Tensor y, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? residual, float eps, float negative_slope) -> Tensor");
+  m.def(
+      "bn_act_backward_sums(Tensor dz, Tensor y, Tensor mean, Tensor var, Tensor? bn_weight, "
+      "Tensor? bn_bias, Tensor? residual, float eps, float negative_slope) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act_backward_apply(Tensor dz, bool gated, Tensor y, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor sums, Tensor count, float eps, "
+      "float negative_slope) -> Tensor");
   m.def(
       "bn_act_stats(Tensor y, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, "
       "float negative_slope) -> (Tensor, Tensor, Tensor)");
@@ -450,6 +488,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_act", TORCH_BOX(&conv_act_cpu));
   m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cpu));
   m.impl("bn_act_stats", TORCH_BOX(&bn_act_stats_cpu));
+  m.impl("conv_backward", TORCH_BOX(&conv_backward_cpu));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward_cpu));
 }
 

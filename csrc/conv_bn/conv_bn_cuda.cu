@@ -1,589 +1,405 @@
-// Convolution + batch norm + activation (+ residual) on CUDA: torch's convolution, then passes of
-// ours that are memory bound. Statistics: every block takes the moments of a slice of the positions
-// of some channels, one small kernel merges the slices in a fixed order. All sums have a fixed
-// order.
+// Convolution + batch norm + activation (+ residual) on CUDA: which convolution a layer gets, ours
+// on tensor cores or torch's, and what follows it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <tuple>
-#include <type_traits>
+#include <vector>
 
 #include "common/counters.h"
 #include "common/cuda.h"
 #include "common/dispatch.h"
 #include "common/layout.h"
+#include "conv_bn/bn_act.h"
 #include "conv_bn/conv_bn.h"
-#include "conv_bn/conv_direct.h"
+#include "conv_bn/conv_gemm.h"
 
 namespace fastseg {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocks = 1056;       // of a large launch: 8 blocks on each of 132 multiprocessors
-constexpr int kLeastPositions = 8;  // of a thread, for slices that are worth a block
-
-// Elements of one access, and the channels they belong to: channels last as many, NCHW one.
-template <typename T>
-constexpr int kCount = 16 / sizeof(T);
-template <typename T, bool kChannelsLast>
-constexpr int kLanes = kChannelsLast ? kCount<T> : 1;
-
-// Block (x, y) takes slice y of the positions of its channels. Channels last: threadIdx.x counts
-// groups of kCount channels, threadIdx.y pixels. NCHW: block x is a channel, threadIdx.x counts
-// vectors of its planes.
-template <typename T, bool kChannelsLast>
-__device__ int64_t first_channel() {
-  return kChannelsLast ? (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kCount<T> : blockIdx.x;
-}
-
-// fn(offset of the first element, number of elements) for each vector of this thread.
-template <typename T, bool kChannelsLast, typename Fn>
-__device__ __forceinline__ void for_each_vector(const DenseLayout& l, const Fn& fn) {
-  const int slice = blockIdx.y, slices = gridDim.y;
-  const int64_t c = first_channel<T, kChannelsLast>();
-  if constexpr (kChannelsLast) {
-    if (c >= l.C) return;
-    const int count = l.C - c < kCount<T> ? static_cast<int>(l.C - c) : kCount<T>;
-    const int64_t pixels = l.N * l.HW, end = pixels * (slice + 1) / slices;
-    for (int64_t p = pixels * slice / slices + threadIdx.y; p < end; p += blockDim.y) {
-      fn(p * l.C + c, count);
-    }
-  } else {
-    const int64_t per_plane = ceil_div<int64_t>(l.HW, kCount<T>), total = l.N * per_plane;
-    const int64_t end = total * (slice + 1) / slices;
-    for (int64_t v = total * slice / slices + threadIdx.x; v < end; v += kThreads) {
-      const int64_t n = v / per_plane, i = (v - n * per_plane) * kCount<T>;
-      fn((n * l.C + c) * l.HW + i, l.HW - i < kCount<T> ? static_cast<int>(l.HW - i) : kCount<T>);
-    }
-  }
-}
-
-// State<acc>[kLanes] of all threads that share channels -> that of the whole block, in the threads
-// whose index along the shared dimension is 0, for which it returns true.
-template <bool kChannelsLast, typename State, int kStates>
-__device__ bool reduce_block(State (&mine)[kStates]) {
-  FASTSEG_SHARED(State, states, kThreads * kStates);
-  const int index = kChannelsLast ? threadIdx.y : threadIdx.x;
-  const int size = kChannelsLast ? blockDim.y : kThreads, step = kChannelsLast ? blockDim.x : 1;
-  const int self = kChannelsLast ? threadIdx.y * blockDim.x + threadIdx.x : threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) states[self * kStates + k] = mine[k];
-  __syncthreads();
-  for (int half = size / 2; half > 0; half /= 2) {
-    if (index < half) {
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        states[self * kStates + k].merge(states[(self + half * step) * kStates + k]);
-      }
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) mine[k] = states[self * kStates + k];
-  return index == 0;
-}
-
-// Number, mean and sum of squared deviations of some values, joined by the method of Chan et al.
-template <typename acc>
-struct Moments {
-  acc n, mean, m2;
-  __device__ void merge(const Moments& other) {
-    if (other.n == 0) return;
-    const acc total = n + other.n, share = other.n / total, delta = other.mean - mean;
-    m2 += other.m2 + delta * delta * n * share;
-    mean += delta * share;
-    n = total;
-  }
+struct Geometry {
+  const IntList &stride, &padding, &dilation;
+  int64_t groups;
 };
 
-// Sums of g = dz * activation' and of g * (y - mean).
-template <typename acc>
-struct Sums {
-  acc g, gc;
-  __device__ void merge(const Sums& other) {
-    g += other.g;
-    gc += other.gc;
-  }
-};
-
-// The first element of channel c. Moments are taken of differences from it: then nothing of the
-// variance is lost in a mean that is large against it.
-template <typename T>
-__device__ __forceinline__ typename Accumulate<T>::type centre(const DenseLayout& l, const T* y,
-                                                               int64_t c) {
-  return static_cast<typename Accumulate<T>::type>(y[l.channels_last ? c : c * l.HW]);
+ConvAxis axis_of(const Tensor& x, const Tensor& weight, const Geometry& g, int i) {
+  const int64_t in = x.size(2 + i), taps = weight.size(2 + i);
+  const int64_t out = (in + 2 * g.padding[i] - g.dilation[i] * (taps - 1) - 1) / g.stride[i] + 1;
+  const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+  return {narrow(in),          narrow(out),          narrow(taps),
+          narrow(g.stride[i]), narrow(g.padding[i]), narrow(g.dilation[i])};
 }
 
-// partials (C, slices) of y - centre.
-template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
-    moments_kernel(DenseLayout layout, bool whole, const T* y,
-                   Moments<typename Accumulate<T>::type>* partials) {
-  using acc = typename Accumulate<T>::type;
-  constexpr int kStates = kLanes<T, kChannelsLast>;
-  const int64_t c = first_channel<T, kChannelsLast>();
-  acc centres[kStates];
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) centres[k] = c + k < layout.C ? centre(layout, y, c + k) : 0;
-  Moments<acc> mine[kStates] = {};
-  acc n = 0;
-  for_each_vector<T, kChannelsLast>(layout, [&](int64_t at, int count) {
-    T values[kCount<T>];
-    load_vector(y + at, count, whole, values);
-    if constexpr (kChannelsLast) {
-      n += 1;
-      const acc share = 1 / n;
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        const acc value = static_cast<acc>(values[k]) - centres[k], delta = value - mine[k].mean;
-        mine[k].mean += delta * share;
-        mine[k].m2 += delta * (value - mine[k].mean);
-      }
-    } else {
-      Moments<acc> some{static_cast<acc>(count), 0, 0};
-#pragma unroll
-      for (int k = 0; k < kCount<T>; ++k) {
-        if (k < count) some.mean += static_cast<acc>(values[k]) - centres[0];
-      }
-      some.mean /= some.n;
-#pragma unroll
-      for (int k = 0; k < kCount<T>; ++k) {
-        const acc delta = static_cast<acc>(values[k]) - centres[0] - some.mean;
-        if (k < count) some.m2 += delta * delta;
-      }
-      mine[0].merge(some);
-    }
-  });
-  if constexpr (kChannelsLast) {
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) mine[k].n = n;
-  }
-  if (!reduce_block<kChannelsLast>(mine)) return;
-  for (int k = 0; k < kStates; ++k) {
-    if (c + k < layout.C) partials[(c + k) * gridDim.y + blockIdx.y] = mine[k];
-  }
+// Elements from one pixel to the next if t is channels last, maybe some channels of a larger
+// tensor, and its pixels are aligned to 16 bytes; else 0.
+int64_t pixel_stride(const Tensor& t) {
+  const int64_t stride = t.stride(3), size = static_cast<int64_t>(t.element_size());
+  const bool regular = t.stride(1) == 1 && !t.is_contiguous() && stride >= t.size(1) &&
+                       (t.stride(2) == t.size(3) * stride || t.size(2) == 1) &&
+                       (t.stride(0) == t.size(2) * t.size(3) * stride || t.size(0) == 1);
+  const bool aligned = stride * size % 16 == 0 && aligned_16(static_cast<char*>(t.data_ptr()));
+  return regular && aligned && stride <= INT32_MAX ? stride : 0;
 }
 
-template <typename acc>
-__device__ acc scale_of(const acc* weight, acc var, double eps, int64_t c) {
-  return static_cast<acc>((weight ? weight[c] : acc(1)) / sqrt(static_cast<double>(var) + eps));
-}
-
-// One thread per channel: merges its slices; writes mean, biased variance and weight / deviation.
-template <typename T, typename acc>
-__global__ void merge_moments(DenseLayout layout, int slices, const T* y,
-                              const Moments<acc>* partials, const acc* weight, double eps,
-                              acc* mean, acc* var, acc* scale) {
-  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (c >= layout.C) return;
-  Moments<double> all{0, 0, 0};
-  for (int s = 0; s < slices; ++s) {
-    const Moments<acc> part = partials[c * slices + s];
-    all.merge({part.n, part.mean, part.m2});
-  }
-  mean[c] = static_cast<acc>(centre(layout, y, c) + all.mean);
-  var[c] = static_cast<acc>(all.m2 / all.n);
-  scale[c] = scale_of(weight, var[c], eps, c);
-}
-
-template <typename acc>
-__global__ void scales(int64_t C, const acc* weight, const acc* var, double eps, acc* scale) {
-  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (c < C) scale[c] = scale_of(weight, var[c], eps, c);
-}
-
-// Leaky ReLU; slope 0 is ReLU (a product would turn -inf into NaN), slope 1 is the identity.
-template <typename acc>
-__device__ __forceinline__ acc activate(acc t, acc slope) {
-  const acc below = slope == 0 ? acc(0) : t * slope;
-  return t <= 0 ? below : t;
-}
-
-// The batch norm of one channel: (y - mean) * scale + shift.
-template <typename acc>
-struct Channel {
-  acc mean, scale, shift;
-};
-
-template <typename T, bool kChannelsLast, typename acc, int kStates>
-__device__ __forceinline__ void load_channels(int64_t C, const acc* mean, const acc* scale,
-                                              const acc* shift, Channel<acc> (&channels)[kStates]) {
-  const int64_t first = first_channel<T, kChannelsLast>();
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) {
-    const int64_t c = first + k < C ? first + k : C - 1;
-    channels[k] = {mean[c], scale[c], shift ? shift[c] : acc(0)};
-  }
-}
-
-// z = activation((y - mean) * scale + shift + residual); residual and shift may be null.
-template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads)
-    normalize(DenseLayout layout, bool whole, const T* y, const T* residual, const acc* mean,
-              const acc* scale, const acc* shift, acc slope, T* z) {
-  constexpr int kStates = kLanes<T, kChannelsLast>;
-  Channel<acc> channels[kStates];
-  load_channels<T, kChannelsLast>(layout.C, mean, scale, shift, channels);
-  for_each_vector<T, kChannelsLast>(layout, [&](int64_t at, int count) {
-    T values[kCount<T>], added[kCount<T>];
-    load_vector(y + at, count, whole, values);
-    if (residual) load_vector(residual + at, count, whole, added);
-#pragma unroll
-    for (int k = 0; k < kCount<T>; ++k) {
-      const Channel<acc>& p = channels[k % kStates];
-      acc t = (static_cast<acc>(values[k]) - p.mean) * p.scale + p.shift;
-      if (residual) t += static_cast<acc>(added[k]);
-      values[k] = static_cast<T>(activate(t, slope));
-    }
-    store_vector(z + at, count, whole, values);
-  });
-}
-
-// partials (C, slices) of g and g * (y - mean), g = dz * activation'; with a residual, g is
-// written.
-template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads)
-    backward_reduce(DenseLayout layout, bool whole, const T* dz, const T* y, const T* residual,
-                    const acc* mean, const acc* scale, const acc* shift, acc slope, T* g_out,
-                    Sums<acc>* partials) {
-  constexpr int kStates = kLanes<T, kChannelsLast>;
-  Channel<acc> channels[kStates];
-  load_channels<T, kChannelsLast>(layout.C, mean, scale, shift, channels);
-  Sums<acc> mine[kStates] = {};
-  for_each_vector<T, kChannelsLast>(layout, [&](int64_t at, int count) {
-    T values[kCount<T>], grads[kCount<T>], added[kCount<T>];
-    load_vector(y + at, count, whole, values);
-    load_vector(dz + at, count, whole, grads);  // absent: 0, and so are its terms
-    if (residual) load_vector(residual + at, count, whole, added);
-#pragma unroll
-    for (int k = 0; k < kCount<T>; ++k) {
-      const Channel<acc>& p = channels[k % kStates];
-      const acc centred = static_cast<acc>(values[k]) - p.mean;
-      acc t = centred * p.scale + p.shift;
-      if (residual) t += static_cast<acc>(added[k]);
-      acc g = static_cast<acc>(grads[k]);
-      if (t <= 0) g *= slope;
-      if (k < count) {
-        mine[k % kStates].g += g;
-        mine[k % kStates].gc += g * centred;
-      }
-      grads[k] = static_cast<T>(g);
-    }
-    if (residual) store_vector(g_out + at, count, whole, grads);
-  });
-  if (!reduce_block<kChannelsLast>(mine)) return;
-  const int64_t c = first_channel<T, kChannelsLast>();
-  for (int k = 0; k < kStates; ++k) {
-    if (c + k < layout.C) partials[(c + k) * gridDim.y + blockIdx.y] = mine[k];
-  }
-}
-
-// One thread per channel: the gradients of weight and shift, and k1, k2 of backward_apply.
-template <typename acc>
-__global__ void merge_sums(int64_t C, int slices, double count, const Sums<acc>* partials,
-                           const acc* var, const acc* scale, double eps, acc* dweight, acc* dshift,
-                           acc* k1, acc* k2) {
-  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (c >= C) return;
-  Sums<double> all{0, 0};
-  for (int s = 0; s < slices; ++s) {
-    const Sums<acc> part = partials[c * slices + s];
-    all.merge({part.g, part.gc});
-  }
-  const double variance = static_cast<double>(var[c]) + eps;
-  dweight[c] = static_cast<acc>(all.gc / sqrt(variance));
-  dshift[c] = static_cast<acc>(all.g);
-  k1[c] = static_cast<acc>(scale[c] * all.g / count);
-  k2[c] = static_cast<acc>(scale[c] / variance * all.gc / count);
-}
-
-// dy = g * scale - k1 - (y - mean) * k2. `dz` holds g already if `gated`.
-template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads)
-    backward_apply(DenseLayout layout, bool whole, const T* dz, bool gated, const T* y,
-                   const acc* mean, const acc* scale, const acc* shift, const acc* k1,
-                   const acc* k2, acc slope, T* dy) {
-  constexpr int kStates = kLanes<T, kChannelsLast>;
-  Channel<acc> channels[kStates];
-  load_channels<T, kChannelsLast>(layout.C, mean, scale, shift, channels);
-  Channel<acc> terms[kStates];  // k1 and k2
-  load_channels<T, kChannelsLast>(layout.C, k1, k2, static_cast<const acc*>(nullptr), terms);
-  for_each_vector<T, kChannelsLast>(layout, [&](int64_t at, int count) {
-    T values[kCount<T>], grads[kCount<T>];
-    load_vector(y + at, count, whole, values);
-    load_vector(dz + at, count, whole, grads);
-#pragma unroll
-    for (int k = 0; k < kCount<T>; ++k) {
-      const Channel<acc>& p = channels[k % kStates];
-      const acc centred = static_cast<acc>(values[k]) - p.mean;
-      acc g = static_cast<acc>(grads[k]);
-      if (!gated && centred * p.scale + p.shift <= 0) g *= slope;
-      grads[k] = static_cast<T>(g * p.scale - terms[k % kStates].mean -
-                                centred * terms[k % kStates].scale);
-    }
-    store_vector(dy + at, count, whole, grads);
-  });
-}
-
-// z = activation(z + residual), in place; residual may be null.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    add_activate(int64_t size, bool aligned, const T* residual, typename Accumulate<T>::type slope,
-                 T* z) {
-  using acc = typename Accumulate<T>::type;
-  const int64_t step = int64_t{gridDim.x} * kThreads * kCount<T>;
-  for (int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kCount<T>; at < size;
-       at += step) {
-    const int count = size - at < kCount<T> ? static_cast<int>(size - at) : kCount<T>;
-    const bool whole = aligned && count == kCount<T>;
-    T values[kCount<T>], added[kCount<T>];
-    load_vector(z + at, count, whole, values);
-    if (residual) load_vector(residual + at, count, whole, added);
-#pragma unroll
-    for (int k = 0; k < kCount<T>; ++k) {
-      acc t = static_cast<acc>(values[k]);
-      if (residual) t += static_cast<acc>(added[k]);
-      values[k] = static_cast<T>(activate(t, slope));
-    }
-    store_vector(z + at, count, whole, values);
-  }
-}
-
-// ---- host functions -----------------------------------------------------------------------------
-
-// How a pass over a tensor of this layout is launched.
-template <typename T>
-struct Pass {
-  dim3 grid, block;
-  int slices;
-  bool whole;  // all accesses are 16 bytes
-
-  template <typename... Pointers>
-  explicit Pass(const DenseLayout& l, const Pointers*... pointers) {
-    const int64_t groups = ceil_div<int64_t>(l.C, kCount<T>);
-    unsigned width = 1;  // channels last: threads of a block side by side over channels
-    while (width < kThreads && width < groups) width *= 2;
-    block = l.channels_last ? dim3(width, kThreads / width) : dim3(kThreads);
-    const int64_t channel_blocks = l.channels_last ? ceil_div<int64_t>(groups, width) : l.C;
-    const int64_t positions =
-        l.channels_last ? l.N * l.HW : l.N * ceil_div<int64_t>(l.HW, kCount<T>);
-    const int64_t useful = positions / (kLeastPositions * (l.channels_last ? block.y : block.x));
-    const int64_t wanted = ceil_div<int64_t>(kBlocks, channel_blocks);
-    slices = static_cast<int>(std::max<int64_t>(1, std::min(wanted, useful)));
-    grid = dim3(static_cast<unsigned>(channel_blocks), slices);
-    whole = (l.channels_last ? l.C : l.HW) % kCount<T> == 0 && aligned_16(pointers...);
-  }
-};
-
-unsigned channel_blocks(int64_t C) { return static_cast<unsigned>(ceil_div<int64_t>(C, 128)); }
-
-template <typename acc>
-constexpr ScalarType kStats = sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// Batch-norm parameters as acc, null where they are absent. `holder` keeps them alive.
-template <typename acc>
-const acc* parameters(const OptionalTensor& values, int64_t C, Tensor& holder) {
-  if (!values.has_value()) return nullptr;
-  FASTSEG_CHECK(values->dim() == 1 && values->size(0) == C,
-                "conv_bn_act: batch-norm parameters must have shape (", C, ",)");
-  holder = torch::stable::contiguous(torch::stable::to(*values, kStats<acc>));
-  return holder.const_data_ptr<acc>();
-}
-
-// Calls fn(std::true_type or std::false_type) for the layout.
-template <typename Fn>
-void dispatch_layout(const DenseLayout& layout, const Fn& fn) {
-  layout.channels_last ? fn(std::true_type{}) : fn(std::false_type{});
-}
-
-// Whether the direct convolution takes this layer, and its parameters if so: 16-bit channels-last
-// tensors of which at most 60 % of the (pixel, tap) pairs lie inside the image. Below that share,
-// skipping outweighs what mma.sync reaches less than a library's kernel (computed from published
-// fractions of peak, 0.55 against 0.85; no GPU has measured it yet).
-bool direct_conv_of(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
-                    const IntList& stride, const IntList& padding, const IntList& dilation,
-                    int64_t groups, double slope, DirectConv* conv) {
-  constexpr double kLargestShare = 0.6;
-  const bool half = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
-  const int64_t C = x.size(1), K = weight.size(0), taps = weight.size(2) * weight.size(3);
-  if (!half || groups != 1 || C % 8 != 0 || K % 8 != 0 || taps > 64 || x.numel() == 0 ||
-      x.numel() > INT32_MAX || x.scalar_type() != weight.scalar_type()) {
+// What our kernels can compute: one group, channels last, 16 bytes of input channels at a time, in
+// float16, bfloat16 or, if allowed, TF32.
+bool serves(const Tensor& x, const Tensor& weight, const Geometry& g, bool allow_tf32) {
+  const ScalarType dtype = x.scalar_type();
+  const bool tensor_cores = dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                            (dtype == ScalarType::Float && allow_tf32);
+  if (!tensor_cores || weight.scalar_type() != dtype || g.groups != 1 || x.numel() == 0 ||
+      weight.numel() == 0 || x.size(1) * static_cast<int64_t>(x.element_size()) % 16 != 0) {
     return false;
   }
-  const auto axis = [&](int i) {
-    const int64_t in = x.size(2 + i), reach = dilation[i] * (weight.size(2 + i) - 1) + 1;
-    const int64_t out = (in + 2 * padding[i] - reach) / stride[i] + 1;
-    return ConvAxis{static_cast<int>(in),
-                    static_cast<int>(out),
-                    static_cast<int>(weight.size(2 + i)),
-                    static_cast<int>(stride[i]),
-                    static_cast<int>(padding[i]),
-                    static_cast<int>(dilation[i])};
-  };
-  *conv = DirectConv{static_cast<int>(x.size(0)),
-                     static_cast<int>(C),
-                     static_cast<int>(K),
-                     axis(0),
-                     axis(1),
-                     {},
-                     {},
-                     static_cast<float>(slope)};
-  if (conv->rows.out < 1 || conv->cols.out < 1) return false;
-  const auto is_channels_last = [](const Tensor& t) {
-    return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.size(1) &&
-           t.stride(0) == t.size(2) * t.stride(2) && aligned_16(static_cast<char*>(t.data_ptr()));
-  };
-  if (!is_channels_last(x) || (residual.has_value() && !is_channels_last(*residual))) return false;
-  if (inside_share(conv->rows) * inside_share(conv->cols) > kLargestShare) return false;
-  conv->row_segments = tap_segments(conv->rows);
-  conv->col_segments = tap_segments(conv->cols);
-  return true;
+  const int64_t R = weight.size(2), S = weight.size(3);
+  if (R * S > kMaxTaps || std::max(R, S) > 31 || pixel_stride(x) == 0) return false;
+  const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+  if (rows.out < 1 || cols.out < 1) return false;
+  const int64_t pixels = x.size(0) * std::max(x.size(2) * x.size(3), int64_t{rows.out} * cols.out);
+  const int64_t tiles = (pixels / kConvTile + 1) * (weight.size(0) / 64 + 1);
+  const int64_t steps = tiles * R * S * (x.size(1) / 16 + 1);
+  return std::max(pixels, steps) <= INT32_MAX;
 }
 
-template <typename T>
-Tensor run_direct_conv(const DirectConv& conv, const Tensor& x, const Tensor& weight,
-                       const OptionalTensor& bias, const OptionalTensor& residual) {
-  const Tensor filters = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
-  Tensor z = empty_image(x, {conv.N, conv.K, conv.rows.out, conv.cols.out}, x.scalar_type(),
+// Whether our convolution is expected to be faster than torch's, cuDNN. No GPU has measured this
+// yet; it is computed from published shares of peak. On compute capability 9 and 10 a library has
+// instructions that reach 0.85 of it where mma.sync reaches 0.55 (FlashAttention-3, arXiv
+// 2407.08608, section 4; less on 10), elsewhere both use mma.sync. In our favour: taps that read
+// padding cost nothing; tiles of 128x128 that do not fill whole waves (counted half, at most twice:
+// libraries have smaller tiles); with statistics, one pass less over the output (at 224 flop/byte).
+// FASTSEG_CONV=own or torch in the environment decides otherwise, for tests and measurements.
+bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
+  const char* choice = std::getenv("FASTSEG_CONV");
+  if (choice != nullptr && std::strcmp(choice, "own") == 0) return true;
+  if (choice != nullptr && std::strcmp(choice, "torch") == 0) return false;
+  const DeviceLimits device = device_limits();
+  const double relative = device.major == 9 ? 0.65 : device.major == 10 ? 0.4 : 0.9;
+  const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+  const double tiles = std::ceil(static_cast<double>(x.size(0)) * rows.out * cols.out / kConvTile) *
+                       std::ceil(static_cast<double>(weight.size(0)) / kConvTile);
+  const double waves = tiles / device.multiprocessors;
+  const double unfilled = std::min(std::ceil(waves) / waves - 1, 1.0);
+  const double passes = statistics ? 224.0 / (x.size(1) * rows.taps * cols.taps) : 0.0;
+  return inside_share(rows) * inside_share(cols) / relative < 1 + unfilled / 2 + passes;
+}
+
+// 128 columns of a tile where that wastes little, else 64.
+bool use_wide_tile(int64_t columns) {
+  return ceil_div<int64_t>(columns, 128) * 128 * 4 < ceil_div<int64_t>(columns, 64) * 64 * 5;
+}
+
+// Two blocks on each multiprocessor, unless they have too little to do.
+void set_blocks(Schedule& schedule) {
+  constexpr int64_t kLeastSteps = 8;
+  const int64_t useful = std::max<int64_t>(1, schedule.steps / kLeastSteps);
+  schedule.blocks =
+      static_cast<int>(std::min<int64_t>(2 * device_limits().multiprocessors, useful));
+}
+
+StreamK exchange(const Tensor& x, const Schedule& schedule, bool wide, Tensor& workspace) {
+  const int64_t floats = int64_t{schedule.blocks} * kConvTile * (wide ? 128 : 64);
+  workspace = torch::stable::new_empty(x, {floats + 2 * schedule.blocks}, ScalarType::Float);
+  float* data = workspace.mutable_data_ptr<float>();
+  return {data, reinterpret_cast<uint64_t*>(data + floats), launch_stamp()};
+}
+
+// Calls fn(T{}) for the types of our kernels.
+template <typename Fn>
+void dispatch_tensor_cores(const Tensor& x, const Fn& fn) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half:
+      return fn(Half{});
+    case ScalarType::BFloat16:
+      return fn(BFloat16{});
+    default:
+      return fn(float{});
+  }
+}
+
+// The branches of `conv` as a schedule. Where their classes are too many, fewer taps are skipped.
+void plan(ConvForward& conv, bool wide, int64_t element_size) {
+  const int depth_steps = ceil_div(conv.C * static_cast<int>(element_size), 64);
+  const int columns = wide ? 128 : 64;
+  const auto whole = [](const ConvAxis& a) { return Segments{1, {0, a.out}}; };
+  for (int detail = 2; detail >= 0; --detail) {
+    conv.schedule = {};
+    bool fits = true;
+    for (int i = 0; i < conv.branches; ++i) {
+      ConvBranch& b = conv.branch[i];
+      b.row_segments = detail > 0 ? tap_segments(b.rows) : whole(b.rows);
+      b.col_segments = detail > 1 ? tap_segments(b.cols) : whole(b.cols);
+      fits = fits &&
+             add_branch(conv.schedule, b, i, conv.N, ceil_div(b.K, columns),
+                        [&](uint64_t taps) { return __builtin_popcountll(taps) * depth_steps; });
+    }
+    if (fits) break;
+  }
+  set_blocks(conv.schedule);
+}
+
+// Launches the branches of `conv`, whose weights and axes are set; see launch_conv_forward.
+void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& residual, Tensor& z,
+                 Tensor* moments) {
+  conv.N = static_cast<int>(x.size(0));
+  conv.C = static_cast<int>(x.size(1));
+  conv.x_stride = static_cast<int>(pixel_stride(x));
+  conv.z_stride = static_cast<int>(z.size(1));
+  int64_t widest = 0;
+  for (int i = 0; i < conv.branches; ++i) widest = std::max<int64_t>(widest, conv.branch[i].K);
+  const bool wide = use_wide_tile(widest);
+  plan(conv, wide, static_cast<int64_t>(x.element_size()));
+  dispatch_tensor_cores(x, [&](auto tag) {
+    using T = decltype(tag);
+    const T* added = residual.has_value() ? residual->const_data_ptr<T>() : nullptr;
+    conv.whole = z.size(1) % 8 == 0 && aligned_16(added);
+    for (int i = 0; i < conv.branches; ++i) {
+      const ConvBranch& b = conv.branch[i];
+      conv.whole = conv.whole && b.K % 8 == 0 && aligned_16(static_cast<const char*>(b.bias));
+    }
+    Moments<float>* partials = nullptr;
+    if (moments != nullptr) {
+      const int64_t pixels = z.size(0) * z.size(2) * z.size(3);
+      *moments = torch::stable::new_empty(x, {ceil_div<int64_t>(pixels, kConvTile), 3 * z.size(1)},
+                                          ScalarType::Float);
+      partials = reinterpret_cast<Moments<float>*>(moments->mutable_data_ptr<float>());
+    }
+    Tensor workspace;
+    const StreamK stream_k = exchange(x, conv.schedule, wide, workspace);
+    launch_conv_forward<T>(conv, wide, stream_k, x.const_data_ptr<T>(), added, partials,
+                           z.mutable_data_ptr<T>(), current_stream(x));
+  });
+}
+
+// Our convolution of a layer that `serves` accepts, with the activation; `moments` as above.
+Tensor our_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const Geometry& g, double slope,
+                       Tensor* moments = nullptr) {
+  const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+  const int64_t K = weight.size(0);
+  Tensor z = empty_image(x, {x.size(0), K, rows.out, cols.out}, x.scalar_type(),
                          MemoryFormat::ChannelsLast);
-  const auto data = [](const OptionalTensor& t) {
-    return t.has_value() ? t->const_data_ptr<T>() : nullptr;
-  };
-  OptionalTensor biases;
+  const Tensor filters = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
+  OptionalTensor biases, added;
   if (bias.has_value()) biases = torch::stable::contiguous(*bias);
-  launch_direct_conv<T>(conv, x.const_data_ptr<T>(), filters.const_data_ptr<T>(), data(biases),
-                        data(residual), z.mutable_data_ptr<T>(), current_stream(x));
+  if (residual.has_value()) added = with_layout(*residual, z, dense_layout(z));
+  ConvForward conv{};
+  conv.slope = static_cast<float>(slope);
+  conv.branches = 1;
+  conv.branch[0] = {filters.data_ptr(),
+                    biases.has_value() ? biases->data_ptr() : nullptr,
+                    static_cast<int>(K),
+                    0,
+                    0,
+                    rows,
+                    cols,
+                    {},
+                    {}};
+  run_forward(conv, x, added, z, moments);
   return z;
 }
 
 Tensor conv_act_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& residual, const IntList& stride, const IntList& padding,
-                     const IntList& dilation, int64_t groups, double negative_slope) {
+                     const IntList& dilation, int64_t groups, double slope, bool allow_tf32) {
   const DeviceGuard guard(x);
-  DirectConv conv;
-  if (direct_conv_of(x, weight, residual, stride, padding, dilation, groups, negative_slope,
-                     &conv)) {
-    FASTSEG_COUNT("conv_act.cuda_direct");
-    return x.scalar_type() == ScalarType::Half
-               ? run_direct_conv<Half>(conv, x, weight, bias, residual)
-               : run_direct_conv<BFloat16>(conv, x, weight, bias, residual);
+  const Geometry g{stride, padding, dilation, groups};
+  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, false)) {
+    FASTSEG_COUNT("conv_act.cuda_own");
+    return our_convolution(x, weight, bias, residual, g, slope);
   }
   Tensor z = torch_convolution(x, weight, bias, stride, padding, dilation, groups);
-  if ((!residual.has_value() && negative_slope == 1) || z.numel() == 0) return z;
-  const DenseLayout layout = dense_layout(z);
-  Tensor r;
-  if (residual.has_value()) r = with_layout(*residual, z, layout);
-  dispatch_floating(z, "conv_bn_act", [&](auto tag) {
-    using T = decltype(tag);
-    T* data = z.mutable_data_ptr<T>();
-    const T* added = residual.has_value() ? r.const_data_ptr<T>() : nullptr;
-    const int64_t blocks = ceil_div<int64_t>(z.numel(), kThreads * kCount<T>);
-    launch(add_activate<T>, static_cast<unsigned>(std::min<int64_t>(blocks, 4 * kBlocks)), kThreads,
-           0, current_stream(z), z.numel(), aligned_16(data, added), added, negative_slope, data);
-  });
+  add_activate_(z, residual, slope);
   return z;
+}
+
+// y = convolution, its mean and biased variance.
+std::tuple<Tensor, Tensor, Tensor> conv_stats_cuda(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& bias,
+                                                   const IntList& stride, const IntList& padding,
+                                                   const IntList& dilation, int64_t groups,
+                                                   bool allow_tf32) {
+  const DeviceGuard guard(x);
+  const Geometry g{stride, padding, dilation, groups};
+  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, true)) {
+    FASTSEG_COUNT("conv_stats.cuda_own");
+    Tensor moments;
+    Tensor y = our_convolution(x, weight, bias, std::nullopt, g, 1, &moments);
+    const BatchStats stats = merged_stats(y, moments, moments.size(0));
+    return {y, stats.mean, stats.var};
+  }
+  Tensor y = torch_convolution(x, weight, bias, stride, padding, dilation, groups);
+  const BatchStats stats = batch_stats(y);
+  return {y, stats.mean, stats.var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cuda(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
     const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups,
-    double eps, double negative_slope) {
+    double eps, double slope, bool allow_tf32) {
   const DeviceGuard guard(x);
-  Tensor y = torch_convolution(x, weight, bias, stride, padding, dilation, groups);
-  const DenseLayout layout = dense_layout(y);
-  Tensor z = torch::stable::empty_like(y), mean, var, r;
-  if (residual.has_value()) r = with_layout(*residual, y, layout);
-  dispatch_floating(y, "conv_bn_act", [&](auto tag) {
-    using T = decltype(tag);
-    using acc = typename Accumulate<T>::type;
-    mean = torch::stable::new_empty(y, {layout.C}, kStats<acc>);
-    var = torch::stable::new_empty(y, {layout.C}, kStats<acc>);
-    if (y.numel() == 0) return;
-    Tensor weight_holder, bias_holder;
-    const acc* w = parameters<acc>(bn_weight, layout.C, weight_holder);
-    const acc* shift = parameters<acc>(bn_bias, layout.C, bias_holder);
-    const T* added = residual.has_value() ? r.const_data_ptr<T>() : nullptr;
-    const T* from = y.const_data_ptr<T>();
-    T* to = z.mutable_data_ptr<T>();
-    const Pass<T> pass(layout, from, to, added);
-    Tensor work = torch::stable::new_empty(y, {layout.C * (3 * pass.slices + 1)}, kStats<acc>);
-    acc* scale = work.mutable_data_ptr<acc>();
-    auto* partials = reinterpret_cast<Moments<acc>*>(scale + layout.C);
-    acc *mean_data = mean.mutable_data_ptr<acc>(), *var_data = var.mutable_data_ptr<acc>();
-    const cudaStream_t stream = current_stream(y);
-    dispatch_layout(layout, [&](auto channels_last) {
-      constexpr bool kChannelsLast = decltype(channels_last)::value;
-      launch(moments_kernel<T, kChannelsLast>, pass.grid, pass.block, 0, stream, layout, pass.whole,
-             from, partials);
-      launch(merge_moments<T, acc>, channel_blocks(layout.C), 128, 0, stream, layout, pass.slices,
-             from, partials, w, eps, mean_data, var_data, scale);
-      launch(normalize<T, kChannelsLast, acc>, pass.grid, pass.block, 0, stream, layout, pass.whole,
-             from, added, mean_data, scale, shift, static_cast<acc>(negative_slope), to);
-    });
-  });
+  const auto [y, mean, var] =
+      conv_stats_cuda(x, weight, bias, stride, padding, dilation, groups, allow_tf32);
+  Tensor z = normalize_activate(y, {mean, var}, {bn_weight, bn_bias, eps, slope}, residual);
   return {z, y, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cuda(
-    const Tensor& dz, const Tensor& y, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
-    double eps, double negative_slope) {
-  const DenseLayout layout = dense_layout(y);
-  FASTSEG_CHECK(mean.numel() == layout.C && var.numel() == layout.C && mean.is_contiguous() &&
-                    var.is_contiguous(),
-                "conv_bn_act: mean and var must have shape (", layout.C, ",)");
-  const DeviceGuard guard(y);
-  const Tensor gradient = with_layout(dz, y, layout);
-  Tensor dy = torch::stable::empty_like(y);
-  Tensor dweight = torch::stable::empty_like(mean), dshift = torch::stable::empty_like(mean);
-  const bool with_residual = residual.has_value();
-  Tensor r,
-      dresidual = with_residual ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
-  if (with_residual) r = with_layout(*residual, y, layout);
-  dispatch_floating(y, "conv_bn_act", [&](auto tag) {
+// The gradient of x is a convolution of dy with the filters turned around, for stride 1.
+Tensor input_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Geometry& g) {
+  const auto turned = [&](int i) {
+    const ConvAxis a = axis_of(x, weight, g, i);
+    return ConvAxis{a.out, a.in, a.taps, 1, a.dilation * (a.taps - 1) - a.padding, a.dilation};
+  };
+  const Tensor filters =
+      torch::stable::contiguous(torch::stable::transpose(weight, 0, 1), MemoryFormat::ChannelsLast);
+  Tensor dx = empty_image(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(),
+                          MemoryFormat::ChannelsLast);
+  ConvForward conv{};
+  conv.slope = 1;
+  conv.branches = 1;
+  conv.branch[0] = {
+      filters.data_ptr(), nullptr, static_cast<int>(x.size(1)), 0, 1, turned(0), turned(1), {}, {}};
+  run_forward(conv, dy, std::nullopt, dx, nullptr);
+  return dx;
+}
+
+Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Geometry& g) {
+  ConvWeightGradient conv{};
+  conv.N = static_cast<int>(x.size(0));
+  conv.C = static_cast<int>(x.size(1));
+  conv.K = static_cast<int>(weight.size(0));
+  conv.x_stride = static_cast<int>(pixel_stride(x));
+  conv.dy_stride = static_cast<int>(pixel_stride(dy));
+  conv.whole = 1;  // C is a multiple of 8
+  conv.rows = axis_of(x, weight, g, 0);
+  conv.cols = axis_of(x, weight, g, 1);
+  const bool wide = use_wide_tile(conv.C);
+  const int tiles = ceil_div(conv.K, kConvTile), columns = ceil_div(conv.C, wide ? 128 : 64);
+  for (int tap = 0; tap < conv.rows.taps * conv.cols.taps; ++tap) {
+    int top, bottom, left, right;
+    inside_range(conv.rows, tap / conv.cols.taps, &top, &bottom);
+    inside_range(conv.cols, tap % conv.cols.taps, &left, &right);
+    const int64_t pixels = int64_t{conv.N} * (bottom - top) * (right - left);
+    const int64_t steps = std::max<int64_t>(1, ceil_div<int64_t>(pixels, 32));
+    add_run(conv.schedule, 0, tap, 0, tiles, static_cast<int>(steps), columns);
+  }
+  set_blocks(conv.schedule);
+  Tensor dweight = torch::stable::empty_like(weight);
+  Tensor filters = torch::stable::contiguous(dweight, MemoryFormat::ChannelsLast);
+  Tensor workspace;
+  const StreamK stream_k = exchange(x, conv.schedule, wide, workspace);
+  const auto run = [&](auto tag) {
     using T = decltype(tag);
-    using acc = typename Accumulate<T>::type;
-    if (y.numel() == 0) return;
-    Tensor weight_holder, bias_holder;
-    const acc* w = parameters<acc>(bn_weight, layout.C, weight_holder);
-    const acc* shift = parameters<acc>(bn_bias, layout.C, bias_holder);
-    const T *values = y.const_data_ptr<T>(), *grads = gradient.const_data_ptr<T>();
-    const T* added = with_residual ? r.const_data_ptr<T>() : nullptr;
-    T* g = with_residual ? dresidual.mutable_data_ptr<T>() : nullptr;
-    T* to = dy.mutable_data_ptr<T>();
-    const Pass<T> pass(layout, values, grads, added, g, to);
-    Tensor work = torch::stable::new_empty(y, {layout.C * (2 * pass.slices + 3)}, kStats<acc>);
-    acc *scale = work.mutable_data_ptr<acc>(), *k1 = scale + layout.C, *k2 = k1 + layout.C;
-    auto* partials = reinterpret_cast<Sums<acc>*>(k2 + layout.C);
-    const acc *mean_data = mean.const_data_ptr<acc>(), *var_data = var.const_data_ptr<acc>();
-    const acc slope = static_cast<acc>(negative_slope);
-    const cudaStream_t stream = current_stream(y);
-    dispatch_layout(layout, [&](auto channels_last) {
-      constexpr bool kChannelsLast = decltype(channels_last)::value;
-      launch(scales<acc>, channel_blocks(layout.C), 128, 0, stream, layout.C, w, var_data, eps,
-             scale);
-      launch(backward_reduce<T, kChannelsLast, acc>, pass.grid, pass.block, 0, stream, layout,
-             pass.whole, grads, values, added, mean_data, scale, shift, slope, g, partials);
-      launch(merge_sums<acc>, channel_blocks(layout.C), 128, 0, stream, layout.C, pass.slices,
-             static_cast<double>(layout.N * layout.HW), partials, var_data, scale, eps,
-             dweight.mutable_data_ptr<acc>(), dshift.mutable_data_ptr<acc>(), k1, k2);
-      launch(backward_apply<T, kChannelsLast, acc>, pass.grid, pass.block, 0, stream, layout,
-             pass.whole, with_residual ? g : grads, with_residual, values, mean_data, scale, shift,
-             k1, k2, slope, to);
-    });
-  });
-  return {dy, dweight, dshift, dresidual};
+    launch_conv_weight_gradient<T>(conv, wide, stream_k, x.const_data_ptr<T>(),
+                                   dy.const_data_ptr<T>(), filters.mutable_data_ptr<T>(),
+                                   current_stream(x));
+  };
+  x.scalar_type() == ScalarType::Half ? run(Half{}) : run(BFloat16{});
+  if (filters.data_ptr() != dweight.data_ptr()) torch::stable::copy_(dweight, filters);
+  return dweight;
+}
+
+std::tuple<Tensor, Tensor> conv_backward_cuda(const Tensor& dy, const Tensor& x,
+                                              const Tensor& weight, const IntList& stride,
+                                              const IntList& padding, const IntList& dilation,
+                                              int64_t groups, bool need_x, bool need_weight,
+                                              bool allow_tf32) {
+  const DeviceGuard guard(x);
+  const Geometry g{stride, padding, dilation, groups};
+  Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(x, {0});
+  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, false)) {
+    const Tensor gradient = torch::stable::contiguous(dy, MemoryFormat::ChannelsLast);
+    if (pixel_stride(gradient) > 0) {
+      if (need_x && stride[0] == 1 && stride[1] == 1) {
+        FASTSEG_COUNT("conv_backward.cuda_own_input");
+        dx = input_gradient(gradient, x, weight, g);
+        need_x = false;
+      }
+      if (need_weight && x.scalar_type() != ScalarType::Float) {
+        FASTSEG_COUNT("conv_backward.cuda_own_weight");
+        dweight = weight_gradient(gradient, x, weight, g);
+        need_weight = false;
+      }
+    }
+  }
+  torch_convolution_backward(dy, x, weight, stride, padding, dilation, groups,
+                             need_x ? &dx : nullptr, need_weight ? &dweight : nullptr);
+  return {dx, dweight};
+}
+
+// activation(conv2d(x, weights[i], biases[i], "same" padding, dilations[i])) for every i, and tail
+// (N, channels, 1, 1) repeated over the image, concatenated: one launch where our kernels serve.
+Tensor conv_branches_cuda(const Tensor& x, const std::vector<Tensor>& weights,
+                          const std::vector<Tensor>& biases, const IntList& dilations,
+                          const OptionalTensor& tail, double slope, bool allow_tf32) {
+  const size_t count = weights.size();
+  FASTSEG_CHECK(count > 0 && biases.size() == count && dilations.size() == count,
+                "conv_branches: every branch needs a weight, a bias and a dilation");
+  const DeviceGuard guard(x);
+  const IntList one{1, 1};
+  ConvForward conv{};
+  conv.slope = static_cast<float>(slope);
+  conv.branches = static_cast<int>(count);
+  bool served = count <= kMaxBranches;
+  std::vector<IntList> paddings, spacings;
+  std::vector<Tensor> kept;  // what the branches point to
+  int64_t channels = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& weight = weights[i];
+    const int64_t d = dilations[i];
+    paddings.push_back({d * (weight.size(2) - 1) / 2, d * (weight.size(3) - 1) / 2});
+    spacings.push_back({d, d});
+    const Geometry g{one, paddings[i], spacings[i], 1};
+    served = served && serves(x, weight, g, allow_tf32);
+    if (served) {
+      kept.push_back(torch::stable::contiguous(weight, MemoryFormat::ChannelsLast));
+      kept.push_back(torch::stable::contiguous(biases[i]));
+      conv.branch[i] = {kept[2 * i].data_ptr(),
+                        kept[2 * i + 1].data_ptr(),
+                        static_cast<int>(weight.size(0)),
+                        static_cast<int>(channels),
+                        0,
+                        axis_of(x, weight, g, 0),
+                        axis_of(x, weight, g, 1),
+                        {},
+                        {}};
+    }
+    channels += weight.size(0);
+  }
+  const int64_t tail_channels = tail.has_value() ? tail->size(1) : 0;
+  Tensor z = empty_image(x, {x.size(0), channels + tail_channels, x.size(2), x.size(3)},
+                         x.scalar_type(), image_layout(x));
+  const auto fill = [&](int64_t first, const Tensor& part) {
+    Tensor place = torch::stable::narrow(z, 1, first, part.size(1));
+    torch::stable::copy_(place, part);
+  };
+  if (tail_channels > 0) fill(channels, *tail);
+  if (served) {
+    FASTSEG_COUNT("conv_branches.cuda_own");
+    run_forward(conv, x, std::nullopt, z, nullptr);
+    return z;
+  }
+  channels = 0;
+  for (size_t i = 0; i < count; ++i) {
+    fill(channels, conv_act_cuda(x, weights[i], biases[i], std::nullopt, one, paddings[i],
+                                 spacings[i], 1, slope, allow_tf32));
+    channels += weights[i].size(0);
+  }
+  return z;
 }
 
 }  // namespace
 
 FASTSEG_CUDA_IMPL(m) {
   m.impl("conv_act", TORCH_BOX(&conv_act_cuda));
+  m.impl("conv_stats", TORCH_BOX(&conv_stats_cuda));
   m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cuda));
-  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward_cuda));
+  m.impl("conv_backward", TORCH_BOX(&conv_backward_cuda));
+  m.impl("conv_branches", TORCH_BOX(&conv_branches_cuda));
 }
 
 }  // namespace fastseg

@@ -1,7 +1,7 @@
 """Drop-in layers over fastseg.ops."""
 
 from .aspp import ASPP
-from .conv_bn import ConvBNReLU2d
+from .conv_bn import ConvBNReLU2d, convert_sync_batchnorm
 from .crf import DenseCRF
 from .crfrnn import CRFRNN
 from .global_conv import GlobalConv2d
@@ -18,4 +18,5 @@ __all__ = [
     "MaxUnpool2d",
     "PyramidConv2d",
     "PyramidPooling",
+    "convert_sync_batchnorm",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.conv_branches import conv_branches
 from .conv_bn import ConvBNReLU2d
 
 
@@ -63,9 +64,24 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_pooled_batch("ASPP", x, self.pool)
         mean = self.pool(x.mean((2, 3), keepdim=True))  # (N, out_channels, 1, 1)
+        if _in_one_launch(x, self.branches):
+            branches: list[Any] = list(self.branches)
+            weights, biases = zip(*[branch.folded(x) for branch in branches], strict=True)
+            rates = [branch.conv.dilation[0] for branch in branches]
+            return self.dropout(self.project(conv_branches(x, weights, biases, rates, mean)))
         maps = [branch(x) for branch in self.branches]  # (N, out_channels, H, W) each
         maps.append(mean.expand_as(maps[0]))
         return self.dropout(self.project(torch.cat(maps, 1)))
+
+
+def _in_one_launch(x: Tensor, branches: Any) -> bool:
+    """Whether the branches run as conv_branches: on CUDA, folded, without gradients."""
+    return (
+        type(x) is Tensor  # not a proxy that is traced
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and all(branch.folds for branch in branches)
+    )
 
 
 def check_pooled_batch(name: str, x: Tensor, layer: Any) -> None:

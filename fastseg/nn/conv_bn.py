@@ -1,12 +1,15 @@
 """Convolution + batch norm + activation as one layer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._layout import image_layout
 from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
+from ..ops.sync_bn import sync_conv_bn_act
 
 
 class _Folded(NamedTuple):
@@ -24,7 +27,7 @@ class ConvBNReLU2d(nn.Module):
     The children are a plain ``nn.Conv2d`` and ``nn.BatchNorm2d``, so the state dict has the usual
     keys (``conv.weight``, ``bn.weight``, ``bn.running_mean``, ...), batch norm can be frozen by
     ``layer.bn.eval()`` and replaced, also by ``SyncBatchNorm.convert_sync_batchnorm`` (which then
-    runs unfused in training).
+    runs unfused in training; :func:`fastseg.nn.convert_sync_batchnorm` keeps the layer fused).
 
     With ``bn`` in evaluation mode it is folded into the convolution. The folded weights are kept
     until a parameter or buffer changes, unless a gradient in them is wanted.
@@ -85,6 +88,8 @@ class ConvBNReLU2d(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
         self.accuracy = accuracy
+        self.synchronized = False  # statistics of all processes, see convert_sync_batchnorm
+        self.process_group: Any = None
         self._folded: _Folded | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -96,7 +101,11 @@ class ConvBNReLU2d(nn.Module):
             return _unfused(self, x, residual)
         if bn.training or bn.running_mean is None:
             update = bn.training and bn.track_running_stats
-            return conv_bn_act(
+            fused: Any = conv_bn_act
+            options: dict[str, Any] = {"training": True, "accuracy": self.accuracy}
+            if self.synchronized and bn.training and _several_processes(self.process_group):
+                fused, options = sync_conv_bn_act, {"process_group": self.process_group}
+            return fused(
                 x,
                 conv.weight,
                 conv.bias,
@@ -109,14 +118,13 @@ class ConvBNReLU2d(nn.Module):
                 padding=conv.padding,
                 dilation=conv.dilation,
                 groups=conv.groups,
-                training=True,
                 momentum=_count_batch(bn) if update else 0.0,
                 eps=bn.eps,
                 activation=self.activation,
                 negative_slope=self.negative_slope,
-                accuracy=self.accuracy,
+                **options,
             )
-        weight, bias = self._fold(x)
+        weight, bias = self.folded(x)
         return conv_act(
             x,
             weight,
@@ -138,8 +146,16 @@ class ConvBNReLU2d(nn.Module):
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
         return f"activation={self.activation!r}{slope}"
 
-    def _fold(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The folded weight and bias, from the cache where nothing changed since."""
+    @property
+    def folds(self) -> bool:
+        """Whether the layer runs as one convolution: its parts are plain and bn in evaluation."""
+        conv, bn = self.conv, self.bn
+        plain = is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)
+        return plain and not bn.training and bn.running_mean is not None
+
+    def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight and bias that the layer then has for an input like x, in the dtype it computes
+        in; from the cache where nothing changed since."""
         conv, bn = self.conv, self.bn
         sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
         tensors = [t for t in sources if t is not None]
@@ -152,8 +168,10 @@ class ConvBNReLU2d(nn.Module):
         dtype = conv.weight.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
+        # On CUDA in the layout that the kernels read, so that no call has to convert it.
+        layout = image_layout(x) if x.is_cuda else torch.preserve_format
         # Versions tell of changes in place, addresses of `.data = `, as in Module.to().
-        state = (bn.eps, dtype, *((t._version, t.data_ptr()) for t in tensors))
+        state = (bn.eps, dtype, layout, *((t._version, t.data_ptr()) for t in tensors))
         folded = self._folded
         if (
             folded is None
@@ -163,7 +181,8 @@ class ConvBNReLU2d(nn.Module):
             # Ordinary tensors also inside inference_mode, for use outside of it later.
             with torch.inference_mode(False), torch.no_grad():
                 weight, bias = fold_bn(*sources, bn.eps)  # type: ignore[arg-type]
-                folded = _Folded(tensors, state, weight.to(dtype), bias.to(dtype))
+                weight = weight.to(dtype, memory_format=layout)
+                folded = _Folded(tensors, state, weight, bias.to(dtype))
             self._folded = folded
         return folded.weight, folded.bias
 
@@ -208,6 +227,30 @@ def is_plain(child: nn.Module, kind: type) -> bool:
         and not child._backward_hooks
         and getattr(child, "padding_mode", "zeros") == "zeros"
     )
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Lets every batch norm in ``module`` take, in training, the statistics of the batches of all
+    processes of ``process_group`` (None: all), like ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+
+    ConvBNReLU2d layers stay fused and keep their parameters; other batch norms become
+    ``nn.SyncBatchNorm``, which needs CUDA. Call it before DistributedDataParallel.
+
+    Returns:
+        ``module``, changed in place, or what replaces it if it is a batch norm itself.
+    """
+    if isinstance(module, ConvBNReLU2d) and is_plain(module.bn, nn.BatchNorm2d):
+        module.synchronized, module.process_group = True, process_group
+        return module
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
+
+
+def _several_processes(group: Any) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def _count_batch(bn: nn.BatchNorm2d) -> float | Tensor:

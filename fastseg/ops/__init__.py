@@ -1,6 +1,7 @@
 """Functional operators: one file per op with its checks, reference, fake kernel and gradient."""
 
 from .conv_bn import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
+from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, pack_conv
 from .dense_crf import (
     PairwiseTerm,
@@ -23,6 +24,7 @@ from .permutohedral import (
     permutohedral_filter,
     permutohedral_filter_reference,
 )
+from .sync_bn import sync_conv_bn_act
 from .upsample import (
     upsample_argmax,
     upsample_argmax_reference,
@@ -39,6 +41,8 @@ __all__ = [
     "conv_act",
     "conv_bn_act",
     "conv_bn_act_reference",
+    "conv_branches",
+    "conv_branches_reference",
     "conv_engine",
     "dense_crf",
     "dense_crf_reference",
@@ -55,6 +59,7 @@ __all__ = [
     "pack_global_conv2d",
     "permutohedral_filter",
     "permutohedral_filter_reference",
+    "sync_conv_bn_act",
     "to_torch_indices",
     "upsample_argmax",
     "upsample_argmax_reference",

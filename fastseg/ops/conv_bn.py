@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._layout import empty_image
 from .winograd_conv import training_tile, winograd_conv2d
 
 IntPair = int | tuple[int, ...]  # one number, or (height, width)
@@ -111,15 +112,30 @@ def conv_bn_act(
         z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
     else:
         z, _, mean, var = torch.ops.fastseg.conv_bn_act(
-            x, weight, bias, bn_weight, bn_bias, residual, *geometry, groups, eps, slope
+            x,
+            weight,
+            bias,
+            bn_weight,
+            bn_bias,
+            residual,
+            *geometry,
+            groups,
+            eps,
+            slope,
+            _allow_tf32(x),
         )
-    with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            if running is not None:
-                if isinstance(momentum, Tensor):
-                    momentum = momentum.to(running.dtype)
-                running.lerp_(batch.to(running.dtype), momentum)
+    update_running(running_mean, mean, momentum)
+    update_running(running_var, var * (count / (count - 1)), momentum)
     return z
+
+
+@torch.no_grad()
+def update_running(running: Tensor | None, batch: Tensor, momentum: float | Tensor) -> None:
+    """Moves a running statistic, unless None, towards that of a batch."""
+    if running is not None:
+        if isinstance(momentum, Tensor):
+            momentum = momentum.to(running.dtype)
+        running.lerp_(batch.to(running.dtype), momentum)
 
 
 def fold_bn(
@@ -219,7 +235,14 @@ def _conv_act(
         size = _output_size(x, weight, *geometry)
         _check_residual(residual, x, (x.shape[0], weight.shape[0], *size))
     return torch.ops.fastseg.conv_act(
-        x, weight, bias, residual, *geometry, groups, _slope(activation, negative_slope)
+        x,
+        weight,
+        bias,
+        residual,
+        *geometry,
+        groups,
+        _slope(activation, negative_slope),
+        _allow_tf32(x),
     )
 
 
@@ -231,6 +254,11 @@ def _pair(value: IntPair) -> tuple[int, int]:
 def _slope(activation: str, negative_slope: float) -> float:
     """The activation as one number for the kernels: f(t) = t if t > 0 else slope * t."""
     return {"relu": 0.0, "none": 1.0}.get(activation, negative_slope)
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    """Whether our CUDA kernels may compute float32 in TF32, as cuDNN would."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
 def _check(
@@ -345,16 +373,28 @@ def _conv_backward(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the convolution in x, weight and bias, those that are needed."""
-    return torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight,
-        [weight.shape[0]],
-        *ctx.geometry,
-        False,
-        [0, 0],
-        ctx.groups,
-        ctx.needs_input_grad[:3],
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # for second derivatives, which torch's op has
+        return torch.ops.aten.convolution_backward(
+            dy,
+            x,
+            weight,
+            [weight.shape[0]],
+            *ctx.geometry,
+            False,
+            [0, 0],
+            ctx.groups,
+            [need_x, need_weight, need_bias],
+        )
+    dx = dweight = None
+    if need_x or need_weight:
+        dx, dweight = torch.ops.fastseg.conv_backward(
+            dy, x, weight, *ctx.geometry, ctx.groups, need_x, need_weight, ctx.allow_tf32
+        )
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dy.sum((0, 2, 3)) if need_bias else None,
     )
 
 
@@ -362,14 +402,16 @@ def _conv_backward(
 
 
 @torch.library.register_fake("fastseg::conv_act")
-def _(x, weight, bias, residual, stride, padding, dilation, groups, negative_slope):
+def _(
+    x, weight, bias, residual, stride, padding, dilation, groups, negative_slope, allow_tf32=False
+):
     return torch.ops.aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
 
 
 def _conv_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, weight, _, _, *geometry, ctx.groups, ctx.slope = inputs
+    x, weight, _, _, *geometry, ctx.groups, ctx.slope, ctx.allow_tf32 = inputs
     ctx.geometry = geometry
     # z > 0 exactly where its pre-activation is, so z serves as the mask; it is alive anyway.
     ctx.save_for_backward(x, weight, output if ctx.slope != 1 else None)
@@ -381,7 +423,7 @@ def _conv_act_backward(ctx, dz):
     grads = (None, None, None)
     if any(ctx.needs_input_grad[:3]):
         grads = _conv_backward(ctx, g, x, weight)
-    return *grads, g if ctx.needs_input_grad[3] else None, None, None, None, None, None
+    return *grads, g if ctx.needs_input_grad[3] else None, *(None,) * 6
 
 
 torch.library.register_autograd(
@@ -393,12 +435,45 @@ torch.library.register_autograd(
 
 
 @torch.library.register_fake("fastseg::conv_bn_act")
-def _(x, weight, bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, slope):
+def _(
+    x,
+    weight,
+    bias,
+    bn_weight,
+    bn_bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    eps,
+    slope,
+    allow_tf32=False,
+):
     y = torch.ops.aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
     stats = [y.new_empty(y.shape[1], dtype=_stats_dtype(y)) for _ in range(2)]
     return torch.empty_like(y), y, *stats
+
+
+@torch.library.register_fake("fastseg::conv_backward")
+def _(
+    dy,
+    x,
+    weight,
+    stride,
+    padding,
+    dilation,
+    groups,
+    need_x,
+    need_weight,
+    allow_tf32=False,
+):
+    return tuple(
+        empty_image(t, t.shape) if needed else x.new_empty(0)
+        for t, needed in ((x, need_x), (weight, need_weight))
+    )
 
 
 @torch.library.register_fake("fastseg::bn_act_backward")
@@ -432,9 +507,10 @@ def _bn_gradients(
 
 
 def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, weight, _, bn_weight, bn_bias, residual, *geometry, ctx.groups, ctx.eps, ctx.slope = inputs
-    _, y, mean, var = output
+    x, weight, _, bn_weight, bn_bias, residual, *geometry = inputs[:9]
     ctx.geometry = geometry
+    ctx.groups, ctx.eps, ctx.slope, ctx.allow_tf32 = inputs[9:]
+    _, y, mean, var = output
     ctx.mark_non_differentiable(y, mean, var)
     ctx.set_materialize_grads(False)
     # Neither z nor a mask: the backward recomputes the sign from y. With no activation the
@@ -447,7 +523,7 @@ def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _conv_bn_act_backward(ctx, dz, *_):
     x, weight, y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if dz is None:
         return nothing
     dy, *rest = _bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)

@@ -2,6 +2,8 @@
 // waited for; the warp's product is computed once, by the last lane to arrive.
 #pragma once
 
+#include <unistd.h>
+
 #include "emulation.h"
 
 namespace fastseg {
@@ -37,8 +39,10 @@ void cp_async_wait() {
   for (size_t& group : thread.groups) group -= copies;
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  using namespace emulation;
+namespace emulation {
+
+// Brings the lanes' rows together and counts their bank conflicts.
+inline const char* matrix_rows(const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0 || !is_shared(row, 16)) {
     fail("ldmatrix: a row must be 16 aligned bytes of shared memory, got %p", row);
   }
@@ -56,9 +60,28 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
       }
     }
   }
+  return slots;
+}
+
+}  // namespace emulation
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  const char* slots = emulation::matrix_rows(row);
+  const int lane = emulation::current->lane;
   for (int m = 0; m < 4; ++m) {
-    const char* p = lane_value<const char*>(slots, m * 8 + lane / 4);
+    const char* p = emulation::lane_value<const char*>(slots, m * 8 + lane / 4);
     std::memcpy(&r[m], p + lane % 4 * 4, 4);
+  }
+}
+
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  const char* slots = emulation::matrix_rows(row);
+  const int lane = emulation::current->lane;
+  for (int m = 0; m < 4; ++m) {
+    for (int i = 0; i < 2; ++i) {
+      const char* p = emulation::lane_value<const char*>(slots, m * 8 + lane % 4 * 2 + i);
+      std::memcpy(reinterpret_cast<char*>(&r[m]) + 2 * i, p + lane / 4 * 2, 2);
+    }
   }
 }
 
@@ -70,27 +93,39 @@ struct Fragments {
 };
 static_assert(sizeof(Fragments) <= kSlotBytes);
 
+// T is Half, BFloat16, or float for TF32, of which the hardware reads the upper 19 bits.
 template <typename T>
 __attribute__((no_sanitize("thread"))) void multiply_fragments(char* slots) {
-  float a[16][16], b[16][8];
+  constexpr int kDepth = 32 / sizeof(T);
+  float a[16][kDepth], b[kDepth][8];
   const auto element = [](uint32_t word, int half) {
-    const uint16_t bits = static_cast<uint16_t>(word >> 16 * half);
-    T value;
-    std::memcpy(&value, &bits, sizeof(T));
-    return static_cast<float>(value);
+    if constexpr (sizeof(T) == 4) {
+      word &= 0xffffe000u;
+      float value;
+      std::memcpy(&value, &word, sizeof(value));
+      return value;
+    } else {
+      const uint16_t bits = static_cast<uint16_t>(word >> 16 * half);
+      T value;
+      std::memcpy(&value, &bits, sizeof(T));
+      return static_cast<float>(value);
+    }
   };
+  constexpr int kPer = 4 / sizeof(T);  // elements of a register
   Fragments* fragments[32];
   for (int lane = 0; lane < 32; ++lane) {
     Fragments& f = *(fragments[lane] = reinterpret_cast<Fragments*>(slots + lane * kSlotBytes));
-    const int row = lane / 4, column = lane % 4 * 2;
-    for (int i = 0; i < 8; ++i) {
-      a[row + i / 2 % 2 * 8][column + i / 4 * 8 + i % 2] = element(f.a[i / 2], i % 2);
+    const int row = lane / 4, column = lane % 4 * kPer;
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < kPer; ++e) {
+        a[row + i % 2 * 8][column + i / 2 * kDepth / 2 + e] = element(f.a[i], e);
+        if (i < 2) b[column + i * kDepth / 2 + e][row] = element(f.b[i], e);
+      }
     }
-    for (int i = 0; i < 4; ++i) b[column + i / 2 * 8 + i % 2][row] = element(f.b[i / 2], i % 2);
   }
   float d[16][8] = {};
   for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < kDepth; ++k) {
       for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
     }
   }
@@ -102,16 +137,42 @@ __attribute__((no_sanitize("thread"))) void multiply_fragments(char* slots) {
   count(counters.mma);
 }
 
-}  // namespace emulation
-
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  using namespace emulation;
+void multiply_lanes(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
   const char* slots =
       warp_exchange(0xffffffffu, "mma.sync", &mine, sizeof(mine), false, &multiply_fragments<T>);
   const Fragments result = lane_value<Fragments>(slots, current->lane);
   for (int i = 0; i < 4; ++i) d[i] = result.d[i];
+}
+
+}  // namespace emulation
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::multiply_lanes<T>(d, a, b0, b1);
+}
+
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return finite ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::multiply_lanes<float>(d, a, b0, b1);
+}
+
+inline void store_release(uint64_t* flag, uint64_t value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+
+// Waits for another block, which runs on another OS thread.
+inline void wait_acquire(const uint64_t* flag, uint64_t value) {
+  for (int64_t turns = 0; __atomic_load_n(flag, __ATOMIC_ACQUIRE) != value; ++turns) {
+    if (turns > 1 << 17) emulation::fail("a flag of another block is never set");
+    usleep(100);
+  }
 }
 
 }  // namespace fastseg

@@ -447,7 +447,7 @@ void release(const void* object) {
 void count(uint64_t& counter, uint64_t n) { __atomic_fetch_add(&counter, n, __ATOMIC_RELAXED); }
 
 void count_access(const void* address) {
-  if (!counting_accesses) return;
+  if (!counting_accesses || is_shared(address, 16)) return;  // sectors are of global memory
   Block& block = *current->block;
   Warp& warp = block.warps[current->warp];
   const AsScheduler unseen(block);

@@ -69,6 +69,22 @@ def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0):
     ]
 
 
+def halves(ops, dtype, layout, residual, slope):
+    """Batch norm and its backward, split where other processes add their statistics."""
+    y = torch.randn(2, 6, 5, 7).to(dtype).contiguous(memory_format=layout)
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, scale, shift = torch.randn(3, 6, dtype=wide)
+    norm = [mean, torch.rand(6, dtype=wide) + 0.5, scale, shift]
+    r = torch.randn_like(y) if residual else None
+    z = ops.bn_act(y, *norm, r, 1e-5, slope)
+    sums, g = ops.bn_act_backward_sums(torch.randn_like(y), y, *norm, r, 1e-5, slope)
+    dz, count = g if residual else torch.randn_like(y), torch.full((1,), 70.0, dtype=wide)
+    return [
+        *(z, sums, g),
+        ops.bn_act_backward_apply(dz, residual, y, *norm, sums, count, 1e-5, slope),
+    ]
+
+
 def atrous(ops, size, channels, dilation, dtype, residual=True, slope=0.0, kernel=3, stride=1):
     """A layer most of whose taps read padding: the direct convolution."""
     C, K = channels
@@ -121,6 +137,8 @@ CASES = {
     "crf, heavy vertices": lambda ops: crf(ops, 2, True, d=3, spread=0.01),
     "crf, many labels": lambda ops: crf(ops, 150, False, torch.float64),
     "crf, wide keys": lambda ops: crf(ops, 3, False, d=16, spread=60.0),
+    "batch norm halves nhwc": lambda ops: halves(ops, torch.float32, LAST, True, 0.0),
+    "batch norm halves nchw": lambda ops: halves(ops, torch.float64, CPU, False, 0.1),
     "batch norm nhwc": lambda ops: training(ops, 16, LAST, torch.float32, True),
     "batch norm nhwc ragged": lambda ops: training(ops, 11, LAST, torch.float16, False, 0.1),
     "batch norm nchw": lambda ops: training(ops, 3, CPU, torch.bfloat16, True, 0.1),
@@ -159,17 +177,6 @@ def test_emulated_equals_cpu(case):
             assert_same(got, expected)
 
 
-@emulated
-def test_direct_conv_skips_taps_and_has_no_bank_conflicts():
-    size, channels = (16, 16), (32, 128)  # 512 pixels in 9 classes: 4 blocks
-    with build.emulated_library().counting() as counts:
-        atrous(torch.ops.fastseg_emulated, size, channels, 8, torch.float16)
-    # Half of the rows and columns lose one of two outer taps: 4 taps each, and 256 mma a step.
-    assert counts["mma"] == 4 * 4 * 256
-    assert counts["bank_conflicts"] == 0
-    assert counts["sectors"] <= 1.1 * counts["ideal_sectors"]
-
-
 class OnCuda:
     """The ops, on copies of their tensor arguments on the GPU."""
 
@@ -206,7 +213,8 @@ def test_on_cuda_equals_cpu(case):
 def test_sanitizer_finds_nothing(sanitizer):
     environment = {**os.environ, **build.preload(sanitizer), "FASTSEG_SANITIZE": sanitizer}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    command += [__file__ + "::test_emulated_equals_cpu"]
+    command += [__file__ + "::test_emulated_equals_cpu", str(build.HERE / "test_conv.py")]
+    command += ["-k", "emulated"]
     done = subprocess.run(
         command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
