@@ -100,9 +100,9 @@ def merge_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gathered(mine: Tensor, group: Any) -> Tensor:
     """(processes, elements), in the order of the ranks."""
-    parts = mine.new_empty(dist.get_world_size(group), mine.numel())
-    dist.all_gather_into_tensor(parts, mine, group)
-    return parts
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group)
+    return torch.stack(parts)
 
 
 class _SyncConvBnAct(torch.autograd.Function):
