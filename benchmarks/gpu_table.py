@@ -9,6 +9,7 @@ benchmarks/results/<date>-<gpu>.json. ``--once`` runs each fastseg variant once,
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import fastseg
 from fastseg.ops import max_pool2d, max_unpool2d
 from fastseg.ops.conv_bn import conv_act, conv_bn_act, conv_bn_act_reference
+from fastseg.ops.conv_branches import conv_branches, conv_branches_reference
 
 ROUNDS = 30
 Case = tuple[str, float, dict[str, Callable[[], object]]]  # name, bytes moved at least, variants
@@ -67,6 +69,42 @@ def inference(batch: int, channels: int, dilation: int) -> Case:
             "cudnn fused": cudnn,
             "compiled": torch.compile(eager, mode="max-autotune-no-cudagraphs"),
             "fastseg": lambda: conv_act(x, w, b, r, **padding),
+            "fastseg's convolution": chosen("own", lambda: conv_act(x, w, b, r, **padding)),
+            "fastseg around torch's": chosen("torch", lambda: conv_act(x, w, b, r, **padding)),
+        },
+    )
+
+
+def chosen(convolution: str, fn: Callable[[], object]) -> Callable[[], object]:
+    """fn with FASTSEG_CONV set, which says whose convolution runs."""
+
+    def run() -> object:
+        os.environ["FASTSEG_CONV"] = convolution
+        try:
+            return fn()
+        finally:
+            del os.environ["FASTSEG_CONV"]
+
+    return run
+
+
+def pyramid(batch: int, rates: tuple[int, ...]) -> Case:
+    """The 1x1 and the dilated branches of DeepLab v3, 2048 to 256 each, at 65x65."""
+    x = nhwc(batch, 2048, 65, 65)
+    dilations = [1, *rates]
+    weights = [nhwc(256, 2048, k, k) * 0.01 for k in (1, *(3 for _ in rates))]
+    biases = [torch.randn(256, device="cuda").half() for _ in dilations]
+
+    def eager() -> torch.Tensor:
+        return conv_branches_reference(x, weights, biases, dilations)
+
+    return (
+        f"conv_branches rates {rates}, N={batch}",
+        2.0 * (x.numel() + batch * 256 * len(dilations) * 65 * 65),
+        {
+            "eager": eager,
+            "compiled": torch.compile(eager, mode="max-autotune-no-cudagraphs"),
+            "fastseg": lambda: conv_branches(x, weights, biases, dilations),
         },
     )
 
@@ -87,10 +125,13 @@ def training(batch: int, channels: int) -> Case:
 
     compiled = torch.compile(conv_bn_act_reference)
     variants = {"eager": conv_bn_act_reference, "compiled": compiled, "fastseg": conv_bn_act}
+    steps = {name: step(fn) for name, fn in variants.items()}
+    steps["fastseg's convolution"] = chosen("own", steps["fastseg"])
+    steps["fastseg around torch's"] = chosen("torch", steps["fastseg"])
     return (
         f"conv_bn_act training {channels}, N={batch}",
         10.0 * x.numel() * 2,
-        {name: step(fn) for name, fn in variants.items()},
+        steps,
     )
 
 
@@ -108,6 +149,8 @@ def cases() -> list[Case]:
         *pooling(8),
         inference(1, 512, 2),
         inference(8, 512, 4),
+        inference(16, 512, 4),
+        *(pyramid(n, rates) for n in (1, 8) for rates in ((12, 24, 36), (6, 12, 18))),
         training(8, 128),
         training(8, 512),
         crf(1),

@@ -3,20 +3,36 @@
     python tests/check_cuda_build.py [--update]
 
 No kernel may spill registers, and none may use more registers or static shared memory than
-tests/cuda_kernels.txt allows; --update writes that table anew. The library must then load in this
-torch, with or without CUDA, and register each CUDA kernel. Needs nvcc, no GPU.
+tests/cuda_kernels.txt allows; --update writes that table anew. The machine code must hold the
+instructions that a kernel is there for and no access to local memory. The library must then load in
+this torch, with or without CUDA, and register each CUDA kernel. Needs nvcc, no GPU; for the machine
+code cuobjdump and nvdisasm, from the toolkit or nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "cuda_kernels.txt"
 ARCHS = "80;90a"
+
+# Beginnings of instructions that kernels, named by how they begin, must have: tensor cores,
+# asynchronous copies and matrix loads; for passes over memory 16-byte accesses.
+REQUIRED = {
+    "conv_forward<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
+    "conv_weight_gradient<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
+    "normalize<": ("LDG.E.128", "STG.E.128"),
+    "backward_apply<": ("LDG.E.128", "STG.E.128"),
+    "backward_reduce<": ("LDG.E.128",),
+    "moments_kernel<": ("LDG.E.128",),
+}
+FORBIDDEN = ("LDL", "STL")  # local memory
 
 # name of one kernel on one architecture -> (registers, bytes of static shared memory, barriers)
 Usage = dict[str, tuple[int, int, int]]
@@ -93,6 +109,63 @@ def nvcc_version() -> str:
     return re.search(r"release [\d.]+, V([\d.]+)", done.stdout)[1]
 
 
+def find_disassembler() -> str | None:
+    """The folder of cuobjdump and nvdisasm, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    folders = [*os.environ["PATH"].split(":"), f"{home}/bin", *map(str, packages.glob("*/bin"))]
+    for folder in folders:
+        if all(shutil.which(tool, path=folder) for tool in ("cuobjdump", "nvdisasm")):
+            return folder
+    return None
+
+
+def instructions(library: Path, folder: str) -> dict[str, set[str]]:
+    """The operations in the machine code of each kernel on each architecture."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ["cuobjdump", "-sass", str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stdout + done.stderr)
+    found: dict[str, set[str]] = {}
+    arch = name = ""
+    operation = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+    for line in done.stdout.splitlines():
+        if match := re.match(r"\s*(?:code for|arch =)\s*(sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\w+)", line):
+            name = f"{arch} {match[1]}"
+            found[name] = set()
+        elif match := operation.match(line):
+            found[name].add(match[1])
+    return found
+
+
+def check_instructions(library: Path) -> str:
+    """What was checked, in a sentence; exits with the kernels that have too little or too much."""
+    folder = find_disassembler()
+    if folder is None:
+        return "machine code not checked: no cuobjdump and nvdisasm on this machine"
+    found = instructions(library, folder)
+    wrong, checked = [], 0
+    for readable, have in zip(demangle(list(found)), found.values(), strict=True):
+        kernel = readable.partition(" ")[2]
+        if "cub::" in kernel:
+            continue
+        checked += 1
+        local = sorted(i for i in have if i.startswith(FORBIDDEN))
+        wrong += [f"{readable}: accesses local memory, {local}"] if local else []
+        required = next((r for k, r in REQUIRED.items() if kernel.startswith(k)), ())
+        wrong += [
+            f"{readable}: has no {operation}"
+            for operation in required
+            if not any(i.startswith(operation) for i in have)
+        ]
+    if wrong:
+        sys.exit("\n".join(wrong))
+    return f"machine code of {checked} kernels: required instructions there, no local memory"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
@@ -128,6 +201,7 @@ def main() -> None:
         library = next(target.glob("fastseg/_C*.so"))
         subprocess.run([sys.executable, "-c", check, str(library)], check=True)
         print(f"{len(usage)} kernels, none spills")
+        print(check_instructions(library))
 
 
 if __name__ == "__main__":

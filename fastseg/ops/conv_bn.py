@@ -63,7 +63,9 @@ def conv_bn_act(
         (N, C, H', W') in the dtype and memory format that conv2d gives. Differentiable in ``x``,
         the weights, biases and ``residual``. Under autocast, ``x``, ``weight``, ``bias`` and
         ``residual`` are cast to the autocast dtype; statistics are taken in float32 (float64 for
-        float64 inputs).
+        float64 inputs). On CUDA, float32 may be computed in TF32 where
+        ``torch.backends.cudnn.allow_tf32`` is set, and channels-last inputs get our convolution
+        where it is expected to be faster than cuDNN's.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit together, or one value per channel in
