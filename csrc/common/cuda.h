@@ -161,7 +161,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
 }
 
-#define __grid_constant__
 #define FASTSEG_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastseg_emulated, CPU, m)
 
 #else

@@ -163,6 +163,10 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   emulation::multiply_lanes<float>(d, a, b0, b1);
 }
 
+inline void named_barrier_sync(int id, int threads) {
+  emulation::block_barrier(id, threads, false);
+}
+
 inline void store_release(uint64_t* flag, uint64_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }

@@ -19,6 +19,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 // Shared memory needs a size the emulator can see: FASTSEG_SHARED or FASTSEG_DYNAMIC_SHARED.
 #pragma GCC poison __shared__ __constant__
@@ -69,6 +70,41 @@ struct AsyncCopy {
   bool valid;
 };
 
+// A tensor in global memory and the box that a bulk copy moves, innermost axis first; what the
+// driver encodes on a GPU.
+struct TensorMap {
+  char* data;
+  int element_bytes, rank;
+  int64_t sizes[4], strides[4];  // strides in bytes
+  bool im2col, swizzle;
+  int box[3];                                      // of a tiled map
+  int low[2], high[2], step[2], channels, pixels;  // of an im2col map
+  int row_bytes() const { return (im2col ? channels : box[0]) * element_bytes; }
+  int rows() const { return im2col ? pixels : box[1] * box[2]; }
+};
+
+// A bulk store that has not been waited for.
+struct BulkStore {
+  TensorMap map;
+  const char* from;
+  int at[3];
+};
+
+// A warpgroup's product that has not been waited for, as one of its threads sees it.
+struct Product {
+  float* d;
+  uint64_t a, b;
+  bool accumulate;
+  void (*compute)(const Product& product, float* value);  // adds this thread's part
+};
+
+// Registers that pending products will write: NaN until then.
+struct Accumulator {
+  float* d;
+  int pending;
+  std::vector<float> value;
+};
+
 // One CUDA thread as its kernel sees it.
 struct Thread {
   uint3 index;
@@ -78,6 +114,12 @@ struct Thread {
   uint3 block_index;
   std::vector<AsyncCopy> copies;  // oldest first
   std::vector<size_t> groups;     // end of each committed group in `copies`
+  std::vector<BulkStore> stores;  // the same for bulk stores and products
+  std::vector<size_t> store_groups;
+  std::vector<Product> products;
+  std::vector<size_t> product_groups;
+  std::vector<Accumulator> accumulators;
+  bool products_fenced = false;
 };
 
 extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
@@ -116,6 +158,30 @@ using Finish = void (*)(char* slots);
 char* warp_exchange(uint32_t mask, const char* what, const void* mine, size_t bytes,
                     bool synchronise = false, Finish finish = nullptr);
 constexpr size_t kSlotBytes = 64;
+
+// Tensor maps with the driver's rules; throw std::runtime_error where it would refuse.
+TensorMap tiled_map(const void* data, size_t element_bytes, const int64_t* sizes,
+                    const int64_t* strides, const int* box, bool swizzle);
+TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, const int* low,
+                     const int* high, const int* step, int channels, int pixels);
+// Moves one box now. `at` has an entry for each axis, `offset` is that of im2col maps.
+void copy_box(const TensorMap& map, char* shared, const int* at, const int* offset, bool to_shared);
+
+// Barriers in shared memory. Bulk copies report their bytes to them.
+void mbarrier_init(const void* barrier, int arrivals);
+void fence_mbarriers();
+void mbarrier_arrive(const void* barrier, int64_t bytes);
+void mbarrier_wait(const void* barrier, int parity);
+// Queues a bulk load, which is performed once a thread waits for its barrier.
+void start_load(char* to, const TensorMap& map, const void* barrier, const int (&at)[4],
+                const int (&offset)[2]);
+
+// Shared memory as asynchronous accesses see it: what plain stores wrote shows there only after
+// fence_proxy_async.
+const char* asynchronous_view(const void* address, size_t bytes);
+void fence_proxy();
+// Lets all other threads of the block run until none can go on.
+void wait_late();
 
 // Gives other threads of the block a turn while *word == value.
 void wait_while(const uint32_t* word, uint32_t value, const char* what);

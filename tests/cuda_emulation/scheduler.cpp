@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -178,6 +179,7 @@ struct Fiber {
   const uint32_t* wait_word = nullptr;  // not runnable while *wait_word == wait_value
   uint32_t wait_value = 0;
   const char* wait_what = "";
+  bool late = false;      // not runnable while any other fiber is
   uint32_t accesses = 0;  // 128-bit accesses so far, pairs the lanes of one request
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -209,6 +211,24 @@ struct Shared {
   const void* site;
   char* data;
   size_t bytes;
+  std::unique_ptr<char[]> view;  // see asynchronous_view
+};
+
+// A barrier in shared memory; its word there only says that it is one.
+struct MBarrier {
+  uint32_t phase = 0;
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;  // announced and not yet there
+  bool fenced = false;
+  char order[2] = {};  // what ThreadSanitizer knows each phase by
+};
+constexpr uint64_t kMBarrierMark = 0x4d42415252494552;  // "MBARRIER"
+
+struct Load {
+  char* to;
+  TensorMap map;
+  MBarrier* barrier;
+  int at[4], offset[2];
 };
 
 struct Grid {
@@ -230,7 +250,9 @@ struct Block {
   Barrier barriers[kNamedBarriers];
   std::vector<Shared> shared;
   size_t shared_bytes = 0;
-  int running = 0;  // threads that have not ended
+  std::map<const void*, MBarrier> mbarriers;
+  std::vector<Load> loads;  // oldest first
+  int running = 0;          // threads that have not ended
   Context scheduler;
   Fiber* fiber = nullptr;  // the running one
 #if defined(__SANITIZE_ADDRESS__)
@@ -312,6 +334,8 @@ void fiber_main() {
 #endif
   acquire(&block);
   (*block.grid->body)();
+  if (!current->stores.empty()) fail("the thread ended before its bulk stores were waited for");
+  if (!current->products.empty()) fail("the thread ended before its products were waited for");
   release(&block);
   release(block.grid);
   block.fiber->done = true;
@@ -350,9 +374,58 @@ void* new_shared(Block& block, const void* site, size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, 1024, bytes + kGuardBytes) != 0) throw std::bad_alloc();
   std::memset(data, 0xff, bytes + kGuardBytes);  // NaN in every floating type
-  block.shared.push_back({site, static_cast<char*>(data), bytes});
+  block.shared.push_back({site, static_cast<char*>(data), bytes, nullptr});
   block.shared_bytes += bytes;
   return data;
+}
+
+char* view_of(Shared& shared) {
+  if (shared.view == nullptr) {
+    shared.view.reset(new char[shared.bytes]);
+    std::memset(shared.view.get(), 0xff, shared.bytes);
+    release(shared.view.get());  // the memory; what it holds is ordered by the kernel's barriers
+  }
+  return shared.view.get();
+}
+
+void end_phase_if_complete(MBarrier& barrier) {
+  if (barrier.missing != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.missing = barrier.arrivals;
+}
+
+// Performs the bulk loads whose barrier some thread waits for, or `all`.
+bool perform_loads(Block& block, bool all) {
+  std::vector<Load> later;
+  for (Load& load : block.loads) {
+    const bool awaited = std::any_of(block.fibers.begin(), block.fibers.end(), [&](const Fiber& f) {
+      return !f.done && f.wait_word == &load.barrier->phase;
+    });
+    if (!all && !awaited) {
+      later.push_back(load);
+      continue;
+    }
+    copy_box(load.map, load.to, load.at, load.offset, true);
+    const int bytes = load.map.rows() * load.map.row_bytes();
+    for (Shared& s : block.shared) {
+      if (load.to < s.data || load.to >= s.data + s.bytes) continue;
+      copy_unseen(view_of(s) + (load.to - s.data), load.to, bytes);
+    }
+    load.barrier->bytes -= bytes;
+    end_phase_if_complete(*load.barrier);
+  }
+  const bool some = later.size() < block.loads.size();
+  block.loads = std::move(later);
+  return some;
+}
+
+bool release_late(Block& block) {
+  bool some = false;
+  for (Fiber& fiber : block.fibers) {
+    some |= fiber.late;
+    fiber.late = false;
+  }
+  return some;
 }
 
 void run_block(Grid& grid, Stacks& stacks, uint64_t number) {
@@ -397,13 +470,19 @@ void run_block(Grid& grid, Stacks& stacks, uint64_t number) {
     bool progress = false;
     for (int k = 0, i = start; k < threads && !grid.failed; ++k, i = (i + step) % threads) {
       Fiber& fiber = block.fibers[i];
-      if (fiber.done) continue;
+      if (fiber.done || fiber.late) continue;
       if (fiber.wait_word != nullptr && *fiber.wait_word == fiber.wait_value) continue;
       fiber.wait_word = nullptr;
       progress = true;
       enter_fiber(block, fiber);
     }
-    if (!progress) report_deadlock(block);
+    progress |= !grid.failed && perform_loads(block, false);
+    if (progress || grid.failed) continue;
+    if (!release_late(block) && !perform_loads(block, true)) report_deadlock(block);
+  }
+  if (!block.loads.empty() && !grid.failed) {
+    record_failure(
+        grid, where(block.fibers[0].thread) + ": the block ended while a bulk load was on its way");
   }
 
   for (Warp& warp : block.warps) {
@@ -508,6 +587,206 @@ void wait_while(const uint32_t* word, uint32_t value, const char* what) {
     fiber.wait_value = value;
     fiber.wait_what = what;
     leave_fiber(block);
+  }
+}
+
+void wait_late() {
+  Block& block = *current->block;
+  block.fiber->late = true;
+  leave_fiber(block);
+}
+
+// ---- barriers in shared memory, bulk copies ----
+
+namespace {
+
+MBarrier& find_mbarrier(const void* address, const char* what) {
+  uint64_t word = 0;
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0 || !is_shared(address, 8)) {
+    fail("%s: a barrier is 8 aligned bytes of shared memory, got %p", what, address);
+  }
+  copy_unseen(reinterpret_cast<char*>(&word), address, 8);
+  const auto found = current->block->mbarriers.find(address);
+  if (word != kMBarrierMark || found == current->block->mbarriers.end()) {
+    fail("%s: the barrier at %p is not initialised, or was overwritten", what, address);
+  }
+  return found->second;
+}
+
+}  // namespace
+
+void mbarrier_init(const void* address, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0 || !is_shared(address, 8) || arrivals < 1) {
+    fail("mbarrier_init: needs 8 aligned bytes of shared memory and arrivals, got %p, %d", address,
+         arrivals);
+  }
+  const AsScheduler unseen(*current->block);
+  MBarrier& barrier = current->block->mbarriers[address];
+  barrier = MBarrier{};
+  barrier.arrivals = barrier.missing = arrivals;
+  copy_unseen(static_cast<char*>(const_cast<void*>(address)), &kMBarrierMark, 8);
+}
+
+void fence_mbarriers() {
+  for (auto& [address, barrier] : current->block->mbarriers) barrier.fenced = true;
+  fence_proxy();
+}
+
+void mbarrier_arrive(const void* address, int64_t bytes) {
+  MBarrier& barrier = find_mbarrier(address, "mbarrier_arrive");
+  if (barrier.missing == 0) fail("mbarrier_arrive: more arrivals than the barrier awaits");
+  release(&barrier.order[barrier.phase & 1]);
+  barrier.bytes += bytes;
+  --barrier.missing;
+  if (barrier.bytes >= 1 << 20) fail("mbarrier_arrive: more than 2^20 bytes are announced");
+  end_phase_if_complete(barrier);
+}
+
+void mbarrier_wait(const void* address, int parity) {
+  MBarrier& barrier = find_mbarrier(address, "mbarrier_wait");
+  const uint32_t phase = barrier.phase;
+  if (static_cast<int>(phase & 1) == parity) wait_while(&barrier.phase, phase, "mbarrier_wait");
+  acquire(&barrier.order[parity]);
+}
+
+void start_load(char* to, const TensorMap& map, const void* address, const int (&at)[4],
+                const int (&offset)[2]) {
+  MBarrier& barrier = find_mbarrier(address, "bulk load");
+  if (!barrier.fenced) fail("bulk load: its barrier was initialised without fence_mbarrier_init");
+  release(&barrier.order[barrier.phase & 1]);
+  const AsScheduler unseen(*current->block);
+  Load load{to, map, &barrier, {}, {offset[0], offset[1]}};
+  std::copy(at, at + 4, load.at);
+  current->block->loads.push_back(load);
+}
+
+const char* asynchronous_view(const void* address, size_t bytes) {
+  const char* p = static_cast<const char*>(address);
+  for (Shared& s : current->block->shared) {
+    if (p < s.data || p + bytes > s.data + s.bytes) continue;
+    if (s.view == nullptr) {
+      const AsScheduler unseen(*current->block);
+      view_of(s);
+    }
+    acquire(s.view.get());
+    return s.view.get() + (p - s.data);
+  }
+  fail("an asynchronous access of %d bytes at %p leaves shared memory", static_cast<int>(bytes), p);
+}
+
+void fence_proxy() {
+  const AsScheduler unseen(*current->block);
+  for (Shared& s : current->block->shared) copy_unseen(view_of(s), s.data, s.bytes);
+}
+
+namespace {
+
+void check_map(bool ok, const char* rule) {
+  if (!ok) throw std::runtime_error(std::string("tensor map: ") + rule);
+}
+
+TensorMap make_map(const void* data, size_t element_bytes, int rank, const int64_t* sizes,
+                   const int64_t* strides) {
+  TensorMap map{};
+  map.data = static_cast<char*>(const_cast<void*>(data));
+  map.element_bytes = static_cast<int>(element_bytes);
+  map.rank = rank;
+  check_map(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the data must be 16-byte aligned");
+  map.strides[0] = map.element_bytes;
+  for (int i = 0; i < rank; ++i) {
+    map.sizes[i] = sizes[i];
+    check_map(sizes[i] > 0 && sizes[i] <= int64_t{1} << 32, "sizes are 1 to 2^32");
+    if (i == 0) continue;
+    map.strides[i] = strides[i - 1] * map.element_bytes;
+    check_map(map.strides[i] % 16 == 0 && map.strides[i] < int64_t{1} << 40,
+              "strides are multiples of 16 bytes below 2^40");
+  }
+  return map;
+}
+
+void check_row(const TensorMap& map) {
+  check_map(map.row_bytes() % 16 == 0 && (!map.swizzle || map.row_bytes() <= 128),
+            "rows are multiples of 16 bytes, 128 at most if swizzled");
+}
+
+}  // namespace
+
+TensorMap tiled_map(const void* data, size_t element_bytes, const int64_t* sizes,
+                    const int64_t* strides, const int* box, bool swizzle) {
+  TensorMap map = make_map(data, element_bytes, 3, sizes, strides);
+  map.swizzle = swizzle;
+  for (int i = 0; i < 3; ++i) {
+    map.box[i] = box[i];
+    check_map(box[i] >= 1 && box[i] <= 256, "a box has 1 to 256 elements an axis");
+  }
+  check_row(map);
+  return map;
+}
+
+TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, const int* low,
+                     const int* high, const int* step, int channels, int pixels) {
+  const int64_t strides[] = {sizes[0], sizes[0] * sizes[1], sizes[0] * sizes[1] * sizes[2]};
+  TensorMap map = make_map(data, element_bytes, 4, sizes, strides);
+  map.im2col = map.swizzle = true;
+  map.channels = channels;
+  map.pixels = pixels;
+  for (int i = 0; i < 2; ++i) {
+    map.low[i] = low[i];
+    map.high[i] = high[i];
+    map.step[i] = step[i];
+    check_map(low[i] >= -128 && low[i] <= 127 && high[i] >= -128 && high[i] <= 127,
+              "the corners of base pixels are -128 to 127");
+    check_map(sizes[1 + i] - 1 + high[i] >= low[i], "there must be base pixels");
+    check_map(step[i] >= 1 && step[i] <= 8, "steps are 1 to 8");
+  }
+  check_map(channels >= 1 && channels <= 256 && pixels >= 1 && pixels <= 1024,
+            "a copy takes 1 to 256 channels and 1 to 1024 pixels");
+  check_row(map);
+  return map;
+}
+
+void copy_box(const TensorMap& map, char* shared, const int* at, const int* offset,
+              bool to_shared) {
+  const int row_bytes = map.row_bytes();
+  int64_t where[4] = {at[0], at[1], at[2], map.rank > 3 ? at[3] : 0};
+  for (int row = 0; row < map.rows(); ++row) {
+    int64_t read[4];
+    std::copy(where, where + 4, read);
+    if (map.im2col) {
+      for (int i = 0; i < 2; ++i) read[1 + i] += offset[i];
+    } else {
+      read[1] += row % map.box[1];
+      read[2] += row / map.box[1];
+    }
+    bool inside = true;
+    char* global = map.data;
+    for (int i = 1; i < map.rank; ++i) {
+      inside = inside && read[i] >= 0 && read[i] < map.sizes[i];
+      global += read[i] * map.strides[i];
+    }
+    for (int byte = 0; byte < row_bytes; byte += map.element_bytes) {
+      char* p = shared + row * row_bytes + byte;
+      if (map.swizzle) {  // by address: shared arrays start at multiples of 1024
+        const uintptr_t bits = reinterpret_cast<uintptr_t>(p);
+        p = reinterpret_cast<char*>(bits ^ (bits >> 7 & 7) << 4);
+      }
+      const int64_t column = read[0] + byte / map.element_bytes;
+      const bool exists = inside && column >= 0 && column < map.sizes[0];
+      char* element = global + column * map.element_bytes;
+      const char zero[8] = {};
+      if (to_shared) {
+        copy_unseen(p, exists ? element : zero, map.element_bytes);
+      } else if (exists) {
+        copy_unseen(element, p, map.element_bytes);
+      }
+    }
+    if (!map.im2col) continue;
+    for (int i = 0; i < 2; ++i) {  // the next base pixel
+      where[1 + i] += map.step[i];
+      if (where[1 + i] <= map.sizes[1 + i] - 1 + map.high[i]) break;
+      where[1 + i] = map.low[i];
+      if (i == 1) ++where[3];
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 """The emulator sees every kind of bug that it is there for: each is planted and must be caught."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ def run(kernel: str, bug: int, sanitizer: str = "", seed: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["block_sum", "staged_sum", "global_sum"])
+@pytest.mark.parametrize("kernel", ["block_sum", "staged_sum", "global_sum", "pipelined_product"])
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 def test_right_kernels_pass(kernel, sanitizer):
     for seed in range(1 if sanitizer else 4):
@@ -47,7 +48,32 @@ def test_right_kernels_pass(kernel, sanitizer):
         pytest.param("staged_sum", 3, "", "multiples of 16", id="misaligned copy"),
         pytest.param("staged_sum", 4, "thread", "data race", id="stage overwritten too early"),
         pytest.param("global_sum", 1, "thread", "data race", id="blocks race in global memory"),
+        *(
+            pytest.param("pipelined_product", bug, "", report, id=name)
+            for bug, report, name in (
+                (1, "without fence_mbarrier_init", "barriers not fenced"),
+                (2, "deadlock.*mbarrier_wait", "producer waits for the wrong parity"),
+                (3, "wrong result|deadlock", "fewer bytes announced than loaded"),
+                (4, "wrong result: .*nan|more arrivals", "consumer waits for the wrong parity"),
+                (5, "no wgmma_fence", "registers of a product not fenced"),
+                (6, "wrong result: .*nan", "stage given back before the product has read it"),
+                (7, "ended before .*products", "product not waited for"),
+                (8, "without fence_proxy_async", "plain stores not fenced before a bulk store"),
+                (9, "ended before .*bulk store", "bulk store not waited for"),
+            )
+        ),
     ],
 )
 def test_planted_bug_is_caught(kernel, bug, sanitizer, report):
     assert re.search(report, run(kernel, bug, sanitizer))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_primitives_equal_plain_loops(seed):
+    """The same program tests the PTX on a CUDA machine."""
+    library = ctypes.CDLL(str(build.build([build.HERE / "primitives.cu"], "primitives")))
+    library.test_primitives.restype = ctypes.c_char_p
+    library.fastseg_emulation_seed(ctypes.c_uint64(seed))
+    report = library.test_primitives(ctypes.c_uint(seed), True).decode()
+    assert len(re.findall("^ok ", report, re.MULTILINE)) == 16, report
+    assert "WRONG" not in report, report
