@@ -11,6 +11,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -144,10 +145,11 @@ struct DeviceLimits {
 
 inline cudaStream_t current_stream(const torch::stable::Tensor&) { return nullptr; }
 
-inline bool is_capturing(cudaStream_t) { return false; }
+inline bool is_capturing(cudaStream_t) { return emulation::capturing; }
 
-// Few multiprocessors, so that small shapes fill them.
-inline DeviceLimits device_limits() { return {3, 8}; }
+inline DeviceLimits device_limits() {
+  return {emulation::multiprocessors, emulation::compute_capability_major};
+}
 
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor&) {}
@@ -227,5 +229,11 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 #define FASTSEG_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastseg, CUDA, m)
 
 #endif
+
+// x on the host. Waits for the stream, which must not be capturing.
+inline torch::stable::Tensor copy_to_host(const torch::stable::Tensor& x, cudaStream_t stream) {
+  if (is_capturing(stream)) throw std::runtime_error("fastseg: a captured graph cannot wait");
+  return torch::stable::to(x, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
 
 }  // namespace fastseg

@@ -225,10 +225,16 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 }
 }  // namespace detail
 
-// To call before the first product into d, and after any other use of d.
+// To call before the first product into d and after any other use of d, not between products.
 template <int kCount>
 __device__ __forceinline__ void wgmma_fence(float (&d)[kCount]) {
   detail::pin(d);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Before products into registers that others are still being added to: without it ptxas puts one in
+// and, inside a loop, runs the products one after another (its remark C7520).
+__device__ __forceinline__ void wgmma_continue() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
@@ -236,11 +242,11 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for all committed groups of products but the latest kPending.
+// Waits for all committed groups of products but the latest kPending; d is ready if that is 0.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-  detail::pin(d);
+  if constexpr (kPending == 0) detail::pin(d);
 }
 
 #define FASTSEG_PINS_8(i)                                                                     \
@@ -251,20 +257,20 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
 #define FASTSEG_REGISTERS_32                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTSEG_REGISTERS_64                                                             \
-  FASTSEG_REGISTERS_32                                                                   \
-      ", "                                                                               \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTSEG_REGISTERS_128                                                                      \
-  FASTSEG_REGISTERS_64                                                                             \
-      ", "                                                                                         \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "           \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
-      "%111, "                                                                                     \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-      "%127"
+#define FASTSEG_REGISTERS_64                                                         \
+  FASTSEG_REGISTERS_32                                                               \
+  ", "                                                                               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTSEG_REGISTERS_128                                                                  \
+  FASTSEG_REGISTERS_64                                                                         \
+  ", "                                                                                         \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "           \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
+  "%111, "                                                                                     \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+  "%127"
 // The numbers of the operands that follow the registers of d: descriptors of a and b, whether to
 // add.
 #define FASTSEG_WGMMA(n, type, registers, a_number, b_number, add_number, ...)        \

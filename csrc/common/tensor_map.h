@@ -36,6 +36,7 @@ struct TiledBox {
 // rows and images, and `channels` of each, swizzled as above.
 struct Im2colBox {
   int64_t N, H, W, C;
+  int64_t stride;  // elements from one pixel to the next, a multiple of 16 bytes
   std::array<int, 2> low, high, step;
   int channels, pixels;
 };
@@ -50,8 +51,8 @@ TensorMap tensor_map(const T* data, const TiledBox& t) {
 template <typename T>
 TensorMap tensor_map(const T* data, const Im2colBox& t) {
   const int64_t sizes[] = {t.C, t.W, t.H, t.N};
-  return emulation::im2col_map(data, sizeof(T), sizes, t.low.data(), t.high.data(), t.step.data(),
-                               t.channels, t.pixels);
+  return emulation::im2col_map(data, sizeof(T), sizes, t.stride, t.low.data(), t.high.data(),
+                               t.step.data(), t.channels, t.pixels);
 }
 
 #else
@@ -112,8 +113,8 @@ TensorMap tensor_map(const T* data, const Im2colBox& t) {
   TensorMap map;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const cuuint64_t sizes[] = {size(t.C), size(t.W), size(t.H), size(t.N)};
-  const cuuint64_t strides[] = {size(t.C) * sizeof(T), size(t.W * t.C) * sizeof(T),
-                                size(t.H * t.W * t.C) * sizeof(T)};
+  const cuuint64_t strides[] = {size(t.stride) * sizeof(T), size(t.W * t.stride) * sizeof(T),
+                                size(t.H * t.W * t.stride) * sizeof(T)};
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(t.step[0]),
                               static_cast<cuuint32_t>(t.step[1]), 1};
   detail::check_map(encode(&map, detail::kMapType<T>, 4, const_cast<T*>(data), sizes, strides,

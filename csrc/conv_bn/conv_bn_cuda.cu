@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "conv_bn/bn_act.h"
 #include "conv_bn/conv_bn.h"
 #include "conv_bn/conv_gemm.h"
+#include "conv_bn/conv_wgmma.h"
 
 namespace fastseg {
 namespace {
@@ -52,7 +54,8 @@ bool serves(const Tensor& x, const Tensor& weight, const Geometry& g, bool allow
   const bool tensor_cores = dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
                             (dtype == ScalarType::Float && allow_tf32);
   if (!tensor_cores || weight.scalar_type() != dtype || g.groups != 1 || x.numel() == 0 ||
-      weight.numel() == 0 || x.size(1) * static_cast<int64_t>(x.element_size()) % 16 != 0) {
+      weight.numel() == 0 || x.size(1) * static_cast<int64_t>(x.element_size()) % 16 != 0 ||
+      !aligned_16(static_cast<char*>(weight.data_ptr()))) {
     return false;
   }
   const int64_t R = weight.size(2), S = weight.size(3);
@@ -65,26 +68,45 @@ bool serves(const Tensor& x, const Tensor& weight, const Geometry& g, bool allow
   return std::max(pixels, steps) <= INT32_MAX;
 }
 
-// Whether our convolution is expected to be faster than torch's, cuDNN. No GPU has measured this
-// yet; it is computed from published shares of peak. On compute capability 9 and 10 a library has
-// instructions that reach 0.85 of it where mma.sync reaches 0.55 (FlashAttention-3, arXiv
-// 2407.08608, section 4; less on 10), elsewhere both use mma.sync. In our favour: taps that read
-// padding cost nothing; tiles of 128x128 that do not fill whole waves (counted half, at most twice:
-// libraries have smaller tiles); with statistics, one pass less over the output (at 224 flop/byte).
-// FASTSEG_CONV=own or torch in the environment decides otherwise, for tests and measurements.
-bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
+// FASTSEG_CONV in the environment decides for tests and measurements: "torch", "own", or "wgmma",
+// our kernels and this one wherever it serves.
+bool chosen(const char* name) {
   const char* choice = std::getenv("FASTSEG_CONV");
-  if (choice != nullptr && std::strcmp(choice, "own") == 0) return true;
-  if (choice != nullptr && std::strcmp(choice, "torch") == 0) return false;
+  return choice != nullptr && std::strcmp(choice, name) == 0;
+}
+
+// The time of a convolution on mma.sync or wgmma, against that of a library which multiplies all
+// taps. No GPU has measured this yet; it is computed from published shares of peak. On compute
+// capability 9 and 10 a library has instructions that reach 0.85 of it, mma.sync reaches 0.55 and
+// our use of wgmma 0.75 (FlashAttention-3, arXiv 2407.08608, section 4; less on 10); elsewhere both
+// use mma.sync. Taps that read padding cost nothing: with mma.sync exactly, with wgmma, whose tiles
+// are whole rows of the image, those of the rows.
+double mma_cost(const ConvAxis& rows, const ConvAxis& cols) {
+  const int major = device_limits().major;
+  const double relative = major == 9 ? 0.65 : major == 10 ? 0.4 : 0.9;
+  return inside_share(rows) * inside_share(cols) / relative;
+}
+double wgmma_cost(const ConvAxis& rows, const ConvAxis& cols) {
+  if (!wgmma_serves(rows, cols)) return std::numeric_limits<double>::infinity();
+  return chosen("wgmma") ? 0 : inside_share(rows) / 0.88;
+}
+
+// Whether our convolution is expected to be faster than torch's, cuDNN. Also in our favour: tiles
+// of 128x128 that do not fill whole waves (counted half, at most twice: libraries have smaller
+// tiles); with statistics, one pass less over the output (at 224 flop/byte).
+bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
+  if (chosen("own") || chosen("wgmma")) return true;
+  if (chosen("torch")) return false;
   const DeviceLimits device = device_limits();
-  const double relative = device.major == 9 ? 0.65 : device.major == 10 ? 0.4 : 0.9;
   const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+  double cost = mma_cost(rows, cols);
+  if (!statistics && x.element_size() == 2) cost = std::min(cost, wgmma_cost(rows, cols));
   const double tiles = std::ceil(static_cast<double>(x.size(0)) * rows.out * cols.out / kConvTile) *
                        std::ceil(static_cast<double>(weight.size(0)) / kConvTile);
   const double waves = tiles / device.multiprocessors;
   const double unfilled = std::min(std::ceil(waves) / waves - 1, 1.0);
   const double passes = statistics ? 224.0 / (x.size(1) * rows.taps * cols.taps) : 0.0;
-  return inside_share(rows) * inside_share(cols) / relative < 1 + unfilled / 2 + passes;
+  return cost < 1 + unfilled / 2 + passes;
 }
 
 // 128 columns of a tile where that wastes little, else 64.
@@ -141,6 +163,18 @@ void plan(ConvForward& conv, bool wide, int64_t element_size) {
   set_blocks(conv.schedule);
 }
 
+// Whether wgmma is expected to be the faster of ours for these branches.
+bool wgmma_pays(const ConvForward& conv) {
+  double mma = 0, wgmma = 0;
+  for (int i = 0; i < conv.branches; ++i) {
+    const ConvBranch& b = conv.branch[i];
+    const double size = static_cast<double>(b.K) * b.rows.taps * b.cols.taps;
+    mma += size * mma_cost(b.rows, b.cols);
+    wgmma += size * wgmma_cost(b.rows, b.cols);
+  }
+  return wgmma < mma;
+}
+
 // Launches the branches of `conv`, whose weights and axes are set; see launch_conv_forward.
 void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& residual, Tensor& z,
                  Tensor* moments) {
@@ -151,7 +185,6 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
   int64_t widest = 0;
   for (int i = 0; i < conv.branches; ++i) widest = std::max<int64_t>(widest, conv.branch[i].K);
   const bool wide = use_wide_tile(widest);
-  plan(conv, wide, static_cast<int64_t>(x.element_size()));
   dispatch_tensor_cores(x, [&](auto tag) {
     using T = decltype(tag);
     const T* added = residual.has_value() ? residual->const_data_ptr<T>() : nullptr;
@@ -160,6 +193,14 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
       const ConvBranch& b = conv.branch[i];
       conv.whole = conv.whole && b.K % 8 == 0 && aligned_16(static_cast<const char*>(b.bias));
     }
+    if constexpr (sizeof(T) == 2) {
+      if (moments == nullptr && wgmma_pays(conv)) {
+        FASTSEG_COUNT("conv.cuda_wgmma");
+        return launch_conv_wgmma<T>(conv, x.const_data_ptr<T>(), added, z.mutable_data_ptr<T>(),
+                                    current_stream(x));
+      }
+    }
+    plan(conv, wide, static_cast<int64_t>(x.element_size()));
     Moments<float>* partials = nullptr;
     if (moments != nullptr) {
       const int64_t pixels = z.size(0) * z.size(2) * z.size(3);

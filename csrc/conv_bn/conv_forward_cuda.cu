@@ -2,6 +2,7 @@
 // of a tile are output pixels, columns output channels, a step is 64 bytes of input channels under
 // one tap. Pixels are taken class by class, a class being a rectangle in which the same taps lie
 // inside the image, so that a tile skips the others whole.
+#include "conv_bn/conv_epilogue.cuh"
 #include "conv_bn/conv_tile.cuh"
 
 namespace fastseg {
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     int* pixels = reinterpret_cast<int*>(shared) + kStagingRows * kStagingStride<kColumns>;
     const T* biases = static_cast<const T*>(branch.bias);
+    const ConvEpilogue<T> epilogue{biases, residual, z, conv.slope, conv.whole != 0};
     Moments<float> own_moments{0, 0, 0};  // of column t
     const auto prepare = [&](int half) {
       if (t / kStagingRows == half) pixels[t % kStagingRows] = own_pixel;
@@ -159,26 +161,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int channel = first_column + k, left = branch.K - channel;
         if (pixels[line] < 0 || left <= 0) continue;
         const int64_t at = int64_t{pixels[line]} * conv.z_stride + branch.first_channel + channel;
-        const bool whole = conv.whole != 0;  // then K is a multiple of 8
         float values[8];
-        T added[8], result[8];
         load_vector(staging + line * kStagingStride<kColumns> + k, values);
-        if (biases) {
-          load_vector(biases + channel, left, whole, added);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(added[e]);
-        }
-        if (residual) {
-          load_vector(residual + at, left, whole, added);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(added[e]);
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float below = conv.slope == 0 ? 0.0f : values[e] * conv.slope;
-          result[e] = static_cast<T>(values[e] <= 0 ? below : values[e]);
-        }
-        store_vector(z + at, left, whole, result);
+        epilogue.store(values, at, channel, left);
       }
     };
     emit_tile<kColumns>(shared, acc, prepare, emit);

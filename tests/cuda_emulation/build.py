@@ -120,6 +120,24 @@ class Emulator:
         self.library.fastseg_emulation_seed(ctypes.c_uint64(seed))
 
     @contextlib.contextmanager
+    def compute_capability(self, major: int) -> Iterator[None]:
+        """Inside the with block, kernels are chosen as for devices of this capability (else 8)."""
+        self.library.fastseg_emulation_compute_capability(major)
+        try:
+            yield
+        finally:
+            self.library.fastseg_emulation_compute_capability(8)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Inside the with block a graph seems to be captured: copies to the host fail."""
+        self.library.fastseg_emulation_capturing(True)
+        try:
+            yield
+        finally:
+            self.library.fastseg_emulation_capturing(False)
+
+    @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
         """Counts events inside the with block; the dict is filled at its end."""
         values = (ctypes.c_uint64 * len(self.COUNTERS))()

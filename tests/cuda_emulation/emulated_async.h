@@ -113,6 +113,7 @@ template <int kCount>
 void wgmma_fence(float (&)[kCount]) {
   emulation::current->products_fenced = true;
 }
+inline void wgmma_continue() {}
 inline void wgmma_commit() {
   emulation::Thread& thread = *emulation::current;
   thread.product_groups.push_back(thread.products.size());
@@ -205,7 +206,7 @@ void wgmma_wait(float (&)[kCount]) {
   }
   thread.products.erase(thread.products.begin(),
                         thread.products.begin() + static_cast<long>(ended));
-  thread.products_fenced = false;
+  if (kPending == 0) thread.products_fenced = false;
   __syncwarp();
 }
 

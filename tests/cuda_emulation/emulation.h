@@ -124,6 +124,10 @@ struct Thread {
 
 extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
 
+// What the emulated device says it is.
+extern int multiprocessors, compute_capability_major;
+extern bool capturing;  // a graph, so that nothing may be copied to the host
+
 // Events a test may assert on. Sectors are 32 bytes; a request is one 128-bit access of a warp.
 struct Counters {
   uint64_t launches, mma, wgmma, ldmatrix, bank_conflicts, requests, sectors, ideal_sectors;
@@ -162,8 +166,8 @@ constexpr size_t kSlotBytes = 64;
 // Tensor maps with the driver's rules; throw std::runtime_error where it would refuse.
 TensorMap tiled_map(const void* data, size_t element_bytes, const int64_t* sizes,
                     const int64_t* strides, const int* box, bool swizzle);
-TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, const int* low,
-                     const int* high, const int* step, int channels, int pixels);
+TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, int64_t stride,
+                     const int* low, const int* high, const int* step, int channels, int pixels);
 // Moves one box now. `at` has an entry for each axis, `offset` is that of im2col maps.
 void copy_box(const TensorMap& map, char* shared, const int* at, const int* offset, bool to_shared);
 

@@ -358,7 +358,7 @@ void check_im2col() {
   const auto x = random_values<Half>(kN * kH * kW * kC, 100);
   const Buffer<Half> in(x);
   // All that could be confused differs between width and height.
-  const Im2colBox box{kN, kH, kW, kC, {-3, -1}, {-2, 1}, {2, 1}, 64, kPixels};
+  const Im2colBox box{kN, kH, kW, kC, kC, {-3, -1}, {-2, 1}, {2, 1}, 64, kPixels};
   const TensorMap map = tensor_map(in.data, box);
   std::vector<std::array<int, 3>> bases;  // n, h, w
   for (int n = 0; n < kN; ++n) {

@@ -33,6 +33,9 @@ namespace emulation {
 
 thread_local Thread* current = nullptr;
 Counters counters{};
+int multiprocessors = 3;  // few, so that small shapes fill them
+int compute_capability_major = 8;
+bool capturing = false;
 
 namespace {
 
@@ -526,7 +529,7 @@ void release(const void* object) {
 void count(uint64_t& counter, uint64_t n) { __atomic_fetch_add(&counter, n, __ATOMIC_RELAXED); }
 
 void count_access(const void* address) {
-  if (!counting_accesses || is_shared(address, 16)) return;  // sectors are of global memory
+  if (!counting_accesses || is_shared(address, 1)) return;  // shared memory has no sectors
   Block& block = *current->block;
   Warp& warp = block.warps[current->warp];
   const AsScheduler unseen(block);
@@ -723,9 +726,9 @@ TensorMap tiled_map(const void* data, size_t element_bytes, const int64_t* sizes
   return map;
 }
 
-TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, const int* low,
-                     const int* high, const int* step, int channels, int pixels) {
-  const int64_t strides[] = {sizes[0], sizes[0] * sizes[1], sizes[0] * sizes[1] * sizes[2]};
+TensorMap im2col_map(const void* data, size_t element_bytes, const int64_t* sizes, int64_t stride,
+                     const int* low, const int* high, const int* step, int channels, int pixels) {
+  const int64_t strides[] = {stride, stride * sizes[1], stride * sizes[1] * sizes[2]};
   TensorMap map = make_map(data, element_bytes, 4, sizes, strides);
   map.im2col = map.swizzle = true;
   map.channels = channels;
@@ -899,6 +902,10 @@ extern "C" void fastseg_emulation_seed(uint64_t seed) { fastseg::emulation::orde
 extern "C" void fastseg_emulation_count_accesses(bool on) {
   fastseg::emulation::counting_accesses = on;
 }
+extern "C" void fastseg_emulation_compute_capability(int major) {
+  fastseg::emulation::compute_capability_major = major;
+}
+extern "C" void fastseg_emulation_capturing(bool on) { fastseg::emulation::capturing = on; }
 extern "C" void fastseg_emulation_counters(uint64_t* values, bool reset) {
   std::memcpy(values, &fastseg::emulation::counters, sizeof(fastseg::emulation::Counters));
   if (reset) fastseg::emulation::counters = {};

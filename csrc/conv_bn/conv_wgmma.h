@@ -1,0 +1,26 @@
+// The convolution for compute capability 9.0 (conv_wgmma_cuda.cu), seen from the host.
+#pragma once
+
+#include "common/cuda.h"
+#include "conv_bn/conv_gemm.h"
+
+namespace fastseg {
+
+// Whether the kernel computes a layer of these axes: the rest is what bulk copies can address. A
+// 3x3 layer fits up to rate 127.
+inline bool wgmma_serves(const ConvAxis& rows, const ConvAxis& cols) {
+  const auto fits = [](const ConvAxis& a) {
+    const int64_t reach = int64_t{a.taps - 1} * a.dilation, high = a.padding - reach;
+    return reach <= 255 && a.padding >= -127 && a.padding <= 128 && high >= -128 && high <= 127 &&
+           a.stride <= 8 && a.in + high > -a.padding;
+  };
+  return device_limits().major == 9 && fits(rows) && fits(cols);
+}
+
+// All branches of `conv`, of which the schedule and segments are not used; see launch_conv_forward.
+// T is Half or BFloat16.
+template <typename T>
+void launch_conv_wgmma(const ConvForward& conv, const T* x, const T* residual, T* z,
+                       cudaStream_t stream);
+
+}  // namespace fastseg
