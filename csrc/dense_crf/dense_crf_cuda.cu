@@ -1,7 +1,7 @@
-// Mean field of the dense CRF on CUDA. Beliefs are rows (points, width). Each update blurs them on
-// every lattice; then one kernel does all that happens to a point: gather from each lattice, add
-// the messages to the energies, soft-max. Nothing waits for the host, so the updates can be
-// captured in a CUDA graph.
+// Mean field of the dense CRF on CUDA. Beliefs are rows (images, points, width). Each update blurs
+// them on every lattice; then one kernel does all that happens to a point: gather from each
+// lattice, add the messages to the energies, soft-max. Nothing waits for the host, so the updates
+// can be captured in a CUDA graph.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,37 +19,49 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxTerms = 8;
 
-// What the update reads of one pairwise term.
-template <typename T>
+// What the update reads of one pairwise term, of the first image.
+template <typename T, typename V>
 struct Message {
+  const CudaLatticeHeader* header;
   const int32_t* vertex;
   const T* weight;
   const T* after;
-  const T* values;        // blurred rows
-  const T* coefficients;  // (L) or (L, L)
+  const V* values;          // blurred rows
+  const T* coefficients;    // (L) or (L, L)
+  int64_t distance;         // of the images' lattices, bytes
+  int64_t values_distance;  // and of their values, elements
   T gain;
   int d;
   bool full;
 };
 
-template <typename T>
+template <typename T, typename V>
 struct Messages {
   int count = 0;
-  Message<T> term[kMaxTerms];
+  Message<T, V> term[kMaxTerms];
 };
+
+template <typename P>
+__device__ __forceinline__ P* bytes_further(P* pointer, int64_t bytes) {
+  return reinterpret_cast<P*>(reinterpret_cast<const char*>(pointer) + bytes);
+}
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// beliefs = soft-max(energies + messages), `energies` being negative. `lanes` threads of a warp
-// share a point; each has kPer groups of 4 channels. Dynamic shared memory, where a term has a full
-// matrix: one row of `groups` * 4 per point of the block. `invalid`, if not null, becomes 1 where
-// an energy is NaN or -inf, or all of a point are inf.
-template <typename T, int kPer>
+// beliefs = soft-max(energies + messages), `energies` being negative; NaN where a lattice could not
+// be built. `lanes` threads of a warp share a point; each has kPer groups of 4 channels. Grid axis
+// y counts images. Dynamic shared memory, where a term has a full matrix: one row of `groups` * 4
+// per point of the block. `invalid`, if not null, becomes 1 where an energy is NaN or -inf, or all
+// of a point are inf.
+template <typename T, typename V, int kPer>
 __global__ void __launch_bounds__(kThreads, 1)
-    update(Messages<T> messages, int64_t points, int labels, int groups, int lanes,
-           const T* energies, T* beliefs, int32_t* invalid) {
+    update(const __grid_constant__ Messages<T, V> messages, int64_t points, int labels, int groups,
+           int lanes, const T* all_energies, T* all_beliefs, int32_t* invalid) {
   FASTSEG_DYNAMIC_SHARED(shared);
+  const int64_t image = blockIdx.y;
+  const T* energies = all_energies + image * points * groups * 4;
+  T* beliefs = all_beliefs + image * points * groups * 4;
   const int local = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t wanted = int64_t{blockIdx.x} * (kThreads / lanes) + local;
   const int64_t point = wanted < points ? wanted : points - 1;  // whole warps meet in the shuffles
@@ -64,20 +76,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   for (int t = 0; t < messages.count; ++t) {
-    const Message<T>& m = messages.term[t];
-    const T scale = m.after[point] * m.gain;
+    const Message<T, V>& m = messages.term[t];
+    const int64_t shift = image * m.distance;
+    const bool failed = bytes_further(m.header, shift)->status != 0;
+    const int32_t* vertex = bytes_further(m.vertex, shift) + point * (m.d + 1);
+    const T* weight = bytes_further(m.weight, shift) + point * (m.d + 1);
+    const V* values = m.values + image * m.values_distance;
+    const T scale = failed ? std::numeric_limits<T>::quiet_NaN()
+                           : bytes_further(m.after, shift)[point] * m.gain;
     T* row = reinterpret_cast<T*>(shared) + local * groups * 4;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int group = i * lanes + lane;
       if (group >= groups) continue;
       T sum[4] = {};
-      for (int r = 0; r <= m.d; ++r) {
-        const int64_t corner = point * (m.d + 1) + r;
-        T value[4];
-        load_vector(m.values + (int64_t{m.vertex[corner]} * groups + group) * 4, value);
+      for (int r = 0; r <= m.d && !failed; ++r) {
+        V value[4];
+        load_vector(values + (int64_t{vertex[r]} * groups + group) * 4, value);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sum[c] += m.weight[corner] * value[c];
+        for (int c = 0; c < 4; ++c) sum[c] += weight[r] * static_cast<T>(value[c]);
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -152,9 +169,10 @@ __global__ void drop_padding(const T* rows, int64_t count, int labels, int width
   if (i < count) out[i] = rows[i / labels * width + i % labels];
 }
 
-template <typename T>
-void launch_update(const Messages<T>& messages, int64_t points, int labels, int width,
-                   const T* energies, T* beliefs, int32_t* invalid, cudaStream_t stream) {
+template <typename T, typename V>
+void launch_update(const Messages<T, V>& messages, int64_t images, int64_t points, int labels,
+                   int width, const T* energies, T* beliefs, int32_t* invalid,
+                   cudaStream_t stream) {
   const int groups = width / 4;
   int lanes = 1;
   while (lanes < 32 && lanes < groups) lanes *= 2;
@@ -162,9 +180,90 @@ void launch_update(const Messages<T>& messages, int64_t points, int labels, int 
   bool full = false;
   for (int t = 0; t < messages.count; ++t) full |= messages.term[t].full;
   const size_t shared = full ? sizeof(T) * width * per_block : 0;
-  auto* kernel = groups <= 32 ? &update<T, 1> : groups <= 64 ? &update<T, 2> : &update<T, 8>;
-  launch(kernel, static_cast<unsigned>(ceil_div<int64_t>(points, per_block)), kThreads, shared,
-         stream, messages, points, labels, groups, lanes, energies, beliefs, invalid);
+  auto* kernel = groups <= 32   ? &update<T, V, 1>
+                 : groups <= 64 ? &update<T, V, 2>
+                                : &update<T, V, 8>;
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(points, per_block)),
+                  static_cast<unsigned>(images));
+  launch(kernel, grid, kThreads, shared, stream, messages, points, labels, groups, lanes, energies,
+         beliefs, invalid);
+}
+
+// The pairwise terms of a call: the lattices of term k start at lattices[first[k]].
+struct Terms {
+  const std::vector<Tensor>& lattices;
+  const std::vector<int64_t>& counts;
+  const std::vector<Tensor>& coefficients;
+  std::vector<size_t> first;
+  Storage storage = Storage::kSame;
+  bool together = true;  // whether one launch can serve all images
+};
+
+Terms checked_terms(const Tensor& unary, const std::vector<Tensor>& lattices,
+                    const std::vector<int64_t>& counts, const std::vector<Tensor>& coefficients) {
+  const int64_t batch = unary.size(0), labels = unary.size(1);
+  FASTSEG_CHECK(counts.size() == coefficients.size() && coefficients.size() <= kMaxTerms,
+                "dense_crf: needs one coefficient tensor per term, and on CUDA at most ", kMaxTerms,
+                " terms, got ", coefficients.size());
+  Terms terms{lattices, counts, coefficients, {}};
+  size_t at = 0;
+  for (size_t k = 0; k < counts.size(); ++k) {
+    const Tensor& c = coefficients[k];
+    FASTSEG_CHECK(counts[k] == 1 || counts[k] == batch,
+                  "dense_crf: a term needs 1 or B lattices, got ", counts[k]);
+    FASTSEG_CHECK(c.is_contiguous() && c.scalar_type() == unary.scalar_type() &&
+                      (c.dim() == 1 || c.dim() == 2) && c.size(0) == labels &&
+                      c.size(c.dim() - 1) == labels,
+                  "dense_crf: coefficients must have shape (L) or (L, L) and the dtype of unary");
+    const size_t count = static_cast<size_t>(counts[k]);
+    FASTSEG_CHECK(at + count <= lattices.size(), "dense_crf: lattice_counts must add up to ",
+                  lattices.size());
+    terms.first.push_back(at);
+    terms.together = terms.together && evenly_spaced(lattices, at, count);
+    at += count;
+  }
+  return terms;
+}
+
+// The updates of `images` images from image b on.
+template <typename T, typename V>
+void run_updates(const Terms& terms, const Tensor& unary, int64_t b, int64_t images, int width,
+                 int64_t iterations, const T* energies, T* beliefs, cudaStream_t stream) {
+  const int64_t points = unary.size(2);
+  std::vector<CudaLattice<T>> lattices;
+  std::vector<BlurRows<T, V>> work;
+  std::vector<Tensor> memory;
+  Messages<T, V> messages;
+  for (size_t k = 0; k < terms.counts.size(); ++k) {
+    const bool shared = terms.counts[k] == 1;
+    Storage storage;
+    lattices.push_back(cuda_lattices<T>(
+        "dense_crf", terms.lattices, terms.first[k] + (shared ? 0 : static_cast<size_t>(b)),
+        shared ? 1 : static_cast<size_t>(images), points, &storage));
+    FASTSEG_CHECK(storage == terms.storage, "dense_crf: all lattices must have one storage");
+    const CudaLattice<T>& lattice = lattices.back();
+    work.push_back(blur_rows<T, V>(unary, lattice, images, width, memory));
+    const Tensor& c = terms.coefficients[k];
+    messages.term[messages.count++] = {lattice.header,
+                                       lattice.vertex,
+                                       lattice.weight,
+                                       lattice.after,
+                                       nullptr,
+                                       c.const_data_ptr<T>(),
+                                       lattice.distance,
+                                       lattice.capacity * width,
+                                       static_cast<T>(lattice_gain(lattice.d)),
+                                       lattice.d,
+                                       c.dim() == 2};
+  }
+  for (int64_t step = 0; step < iterations; ++step) {
+    for (size_t k = 0; k < lattices.size(); ++k) {
+      messages.term[k].values = splat_and_blur(lattices[k], images, static_cast<const T*>(beliefs),
+                                               width, false, work[k], stream);
+    }
+    launch_update(messages, images, points, static_cast<int>(unary.size(1)), width, energies,
+                  beliefs, nullptr, stream);
+  }
 }
 
 // See dense_crf_cpu. Energies are only checked, which waits for the stream, outside graph capture.
@@ -182,79 +281,49 @@ Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
   FASTSEG_CHECK(!start || (start->is_contiguous() && start->numel() == unary.numel() &&
                            start->scalar_type() == unary.scalar_type()),
                 "dense_crf: start must have the shape and dtype of unary");
-  FASTSEG_CHECK(lattice_counts.size() == coefficients.size() && coefficients.size() <= kMaxTerms,
-                "dense_crf: needs one coefficient tensor per term, and on CUDA at most ", kMaxTerms,
-                " terms, got ", coefficients.size());
+  Terms terms = checked_terms(unary, lattices, lattice_counts, coefficients);
   const DeviceGuard guard(unary);
   Tensor out = point_major ? torch::stable::new_empty(unary, {batch, points, labels})
                            : torch::stable::empty_like(unary);
   if (out.numel() == 0) return out;
   const int row = static_cast<int>(cuda_row_width(labels));
+  const int64_t images = terms.together ? batch : 1;  // at a time
   const Tensor invalid = torch::stable::new_zeros(unary, {1}, ScalarType::Int);
+  const cudaStream_t stream = current_stream(unary);
   dispatch_lattice_cuda(unary, "dense_crf", [&](auto tag) {
     using T = decltype(tag);
-    const cudaStream_t stream = current_stream(unary);
-    Tensor energy_memory = cuda_workspace<T>(unary, points * row);
-    Tensor belief_memory = cuda_workspace<T>(unary, points * row);
+    if (!lattices.empty()) cuda_lattice<T>("dense_crf", lattices[0], points, &terms.storage);
+    Tensor energy_memory = cuda_workspace<T>(unary, images * points * row);
+    Tensor belief_memory = cuda_workspace<T>(unary, images * points * row);
     T* energies = energy_memory.mutable_data_ptr<T>();
     T* beliefs = belief_memory.mutable_data_ptr<T>();
-    for (int64_t b = 0; b < batch; ++b) {
-      std::vector<CudaLattice<T>> terms;
-      std::vector<Tensor> work;
-      Messages<T> messages;
-      size_t first = 0;
-      for (size_t k = 0; k < coefficients.size(); ++k) {
-        const Tensor& c = coefficients[k];
-        FASTSEG_CHECK(lattice_counts[k] == 1 || lattice_counts[k] == batch,
-                      "dense_crf: a term needs 1 or B lattices, got ", lattice_counts[k]);
-        FASTSEG_CHECK(
-            c.is_contiguous() && c.scalar_type() == unary.scalar_type() &&
-                (c.dim() == 1 || c.dim() == 2) && c.size(0) == labels &&
-                c.size(c.dim() - 1) == labels,
-            "dense_crf: coefficients must have shape (L) or (L, L) and the dtype of unary");
-        const size_t at = first + (lattice_counts[k] == 1 ? 0 : static_cast<size_t>(b));
-        first += static_cast<size_t>(lattice_counts[k]);
-        FASTSEG_CHECK(first <= lattices.size(), "dense_crf: lattice_counts must add up to ",
-                      lattices.size());
-        terms.push_back(cuda_lattice<T>("dense_crf", lattices[at], points));
-        const CudaLattice<T>& lattice = terms.back();
-        work.push_back(cuda_workspace<T>(unary, blur_rows(lattice) * row));
-        messages.term[messages.count++] = {
-            lattice.vertex, lattice.weight,        lattice.after,
-            nullptr,        c.const_data_ptr<T>(), static_cast<T>(lattice_gain(lattice.d)),
-            lattice.d,      c.dim() == 2,
-        };
-      }
+    for (int64_t b = 0; b < batch; b += images) {
       const int64_t offset = b * labels * points;
-      planes_to_rows(unary.const_data_ptr<T>() + offset, points, labels, row, T(-1), -kInfinity<T>,
-                     energies, stream);
-      launch_update(Messages<T>{}, points, static_cast<int>(labels), row, energies, beliefs,
+      planes_to_rows(unary.const_data_ptr<T>() + offset, images, points, labels, row, T(-1),
+                     -kInfinity<T>, energies, stream);
+      launch_update(Messages<T, T>{}, images, points, static_cast<int>(labels), row,
+                    static_cast<const T*>(energies), beliefs,
                     static_cast<int32_t*>(invalid.mutable_data_ptr()), stream);
       if (start) {
-        planes_to_rows(start->const_data_ptr<T>() + offset, points, labels, row, T(1), T(0),
+        planes_to_rows(start->const_data_ptr<T>() + offset, images, points, labels, row, T(1), T(0),
                        beliefs, stream);
       }
-      for (int64_t step = 0; step < iterations; ++step) {
-        for (size_t k = 0; k < terms.size(); ++k) {
-          messages.term[k].values = splat_and_blur(terms[k], static_cast<const T*>(beliefs), row,
-                                                   false, work[k].mutable_data_ptr<T>(), stream);
-        }
-        launch_update(messages, points, static_cast<int>(labels), row, energies, beliefs, nullptr,
-                      stream);
-      }
+      dispatch_storage<T>(terms.storage, [&](auto value) {
+        run_updates<T, decltype(value)>(terms, unary, b, images, row, iterations, energies, beliefs,
+                                        stream);
+      });
       T* result = out.mutable_data_ptr<T>() + offset;
       if (point_major) {
-        const int64_t count = points * labels;
+        const int64_t count = images * points * labels;
         launch(drop_padding<T>, static_cast<unsigned>(ceil_div<int64_t>(count, kThreads)), kThreads,
                0, stream, beliefs, count, static_cast<int>(labels), row, result);
       } else {
-        rows_to_planes(static_cast<const T*>(beliefs), points, labels, row, result, stream);
+        rows_to_planes(static_cast<const T*>(beliefs), images, points, labels, row, result, stream);
       }
     }
   });
-  if (is_capturing(current_stream(unary))) return out;
-  const Tensor found =
-      torch::stable::to(invalid, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  if (is_capturing(stream)) return out;
+  const Tensor found = copy_to_host(invalid, stream);
   FASTSEG_CHECK(*static_cast<const int32_t*>(found.const_data_ptr()) == 0,
                 "dense_crf: unary must hold no NaN or -inf, and a finite energy for some label of "
                 "every point");

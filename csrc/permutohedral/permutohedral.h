@@ -21,7 +21,7 @@ constexpr int kMaxFeatures = 16;
 // Scale of each lifted feature. It gives the lattice filter unit variance in every feature
 // dimension: splat, blur and slice together spread a point by 2/3 (d + 1)^2 per lifted axis.
 template <typename T>
-void lattice_scale(int d, T* scale) {
+FASTSEG_HOST_DEVICE void lattice_scale(int d, T* scale) {
   const T spread = static_cast<T>(std::sqrt(2.0 / 3.0) * (d + 1));
   for (int k = 0; k < d; ++k) {
     scale[k] = static_cast<T>(1.0 / std::sqrt(static_cast<double>((k + 1) * (k + 2))) * spread);
@@ -48,6 +48,12 @@ FASTSEG_HOST_DEVICE V rounded_product(V a, V b) {
 // Largest lifted coordinate, in units of d + 1, that `locate` rounds correctly.
 template <typename T>
 constexpr double kLargestCell = sizeof(T) == 4 ? 4194304.0 : 2251799813685248.0;  // 2^22, 2^51
+
+// Largest cell, in both directions, that a lattice of T admits.
+template <typename T>
+FASTSEG_HOST_DEVICE constexpr double largest_cell() {
+  return sizeof(T) == 4 ? kLargestCell<float> : 1 << 30;
+}
 
 // Finds the simplex of the point f[0..d). T is the type of one coordinate, V = T or a vector of T.
 //   cell[j], j = 0..d: coordinate j of the simplex's remainder-0 vertex, divided by d + 1
@@ -119,7 +125,8 @@ struct KeyFields {
 
 // Bounds of cell[j] = round(lifted[j] / (d + 1)) from bounds of the features.
 template <typename T>
-void cell_bounds(int d, const T* low, const T* high, double* cell_low, double* cell_high) {
+FASTSEG_HOST_DEVICE void cell_bounds(int d, const T* low, const T* high, double* cell_low,
+                                     double* cell_high) {
   T scale[kMaxFeatures];
   lattice_scale(d, scale);
   double sum_low = 0, sum_high = 0;
@@ -144,7 +151,7 @@ void checked_cell_bounds(int d, const T* low, const T* high, const char* finite,
   }
   cell_bounds(d, low, high, cell_low, cell_high);
   for (int j = 0; j <= d; ++j) {
-    const double limit = sizeof(T) == 4 ? kLargestCell<float> : 1 << 30;
+    const double limit = largest_cell<T>();
     FASTSEG_CHECK(std::max(-cell_low[j], cell_high[j]) < limit,
                   "permutohedral lattice: features are too large for their dtype: divide them by "
                   "larger standard deviations (a lifted coordinate reaches ",
@@ -155,15 +162,17 @@ void checked_cell_bounds(int d, const T* low, const T* high, const char* finite,
 // Lays out the key fields. A margin of 3 cells holds simplex corners, blur neighbours and rounding.
 // Returns the number of bits.
 template <typename Key>
-int make_fields(int d, const double* cell_low, const double* cell_high, KeyFields<Key>* fields) {
+FASTSEG_HOST_DEVICE int make_fields(int d, const double* cell_low, const double* cell_high,
+                                    KeyFields<Key>* fields) {
   int bits = 1;
   while ((1 << bits) <= d) ++bits;
   fields->d = d;
+  fields->unit[0] = fields->all_units = 0;
   for (int j = 1; j <= d; ++j) {
     fields->low[j] = static_cast<int64_t>(std::floor(cell_low[j])) - 3;
     const int64_t range = static_cast<int64_t>(std::ceil(cell_high[j])) + 3 - fields->low[j];
     fields->shift[j] = bits;
-    if (bits < static_cast<int>(8 * sizeof(Key))) fields->unit[j] = Key(1) << bits;
+    fields->unit[j] = bits < static_cast<int>(8 * sizeof(Key)) ? Key(1) << bits : Key(0);
     fields->all_units += fields->unit[j];
     int width = 1;
     while (range >> width != 0) ++width;

@@ -15,6 +15,7 @@ from torch import Tensor
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 MAX_FEATURES = 16
+_STORAGES = (None, torch.float16, torch.bfloat16)
 _HEADER = ("points", "features", "height", "width", "vertices", "extra_rows", "simplices")
 
 
@@ -26,13 +27,22 @@ class PermutohedralLattice:
             divided by the standard deviations of the Gaussian. A batch holds one lattice per item.
         normalization: ``"none"`` filters with K; ``"after"`` divides the result by the row sums
             K 1, ``"before"`` the values, ``"symmetric"`` both by their square root.
+        storage: on CUDA, float16 or bfloat16 holds the values of the vertices in 16 bits while
+            float32 values are filtered; sums stay float32. None, and on the CPU: as they are.
+            float16 overflows where more than 65504 add up in one vertex.
 
     Raises:
         ValueError: d or N out of range, NaN or infinite features, or features spread over more
             lattice cells than a vertex key can count.
     """
 
-    def __init__(self, features: Tensor, normalization: str = "none") -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        normalization: str = "none",
+        *,
+        storage: torch.dtype | None = None,
+    ) -> None:
         if normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"PermutohedralLattice: normalization must be one of {NORMALIZATIONS}, "
@@ -58,11 +68,19 @@ class PermutohedralLattice:
                 f"PermutohedralLattice: needs 1 to {MAX_FEATURES} feature dimensions and at least "
                 f"one point, got features {tuple(features.shape)}"
             )
+        if storage not in _STORAGES or (storage and features.dtype == torch.float64):
+            raise ValueError(
+                "PermutohedralLattice: storage must be None, or float16 or bfloat16 for float32 "
+                f"features, got {storage} for {features.dtype}"
+            )
+        mode = NORMALIZATIONS.index(normalization)
+        if features.is_cuda:
+            mode += len(NORMALIZATIONS) * _STORAGES.index(storage)
         self.features = features.flatten(2)
         self.normalization = normalization
         self.height, self.width = height, width
         self.tensors: list[Tensor] = torch.ops.fastseg.permutohedral_build(
-            self.features.detach().contiguous(), height, width, NORMALIZATIONS.index(normalization)
+            self.features.detach().contiguous(), height, width, mode
         )
 
     def _header(self, name: str) -> list[int]:

@@ -180,3 +180,21 @@ def test_bad_input(features, values, message):
         permutohedral_filter(values, features)
     with pytest.raises(ValueError, match="normalization must be one of"):
         PermutohedralLattice(torch.zeros(2, 5), "row")
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+def test_storage_of_vertex_values(storage, device):
+    features, values = torch.rand(1, 3, 200, device=device), torch.rand(1, 4, 200, device=device)
+    exact = PermutohedralLattice(features, "symmetric").filter(values)
+    stored = PermutohedralLattice(features, "symmetric", storage=storage).filter(values)
+    if device == "cpu":
+        assert torch.equal(stored, exact)
+    else:
+        assert 0 < (stored - exact).abs().max() < 8 * torch.finfo(storage).eps * exact.max()
+
+
+def test_storage_must_be_of_16_bits():
+    with pytest.raises(ValueError, match="storage must be None, or float16"):
+        PermutohedralLattice(torch.rand(1, 3, 200), storage=torch.float32)
+    with pytest.raises(ValueError, match=r"for torch\.float64"):
+        PermutohedralLattice(torch.rand(1, 3, 200).double(), storage=torch.float16)
