@@ -1,164 +1,35 @@
-"""The CUDA benchmark table: every op against the strongest PyTorch calls, and the ceilings.
+"""The CUDA benchmark table: the cases of gpu_cases.py, and the ceilings they are held against.
 
-    python -m benchmarks.gpu_table [--once]
+    python -m benchmarks.gpu_table [--seconds S | --plan | --once [PATTERN]]
 
 Variants alternate; between runs a buffer larger than the L2 cache is overwritten. Times are medians
 of CUDA events around one call; where a call can be captured, of a replayed graph. Writes
-benchmarks/results/<date>-<gpu>.json. ``--once`` runs each fastseg variant once, for profilers.
+benchmarks/results/<date>-<gpu>.json and the table in benchmarks/README.md. ``--seconds``: no case
+begins later. ``--plan`` prints what would be measured and needs no GPU. ``--once`` runs each
+fastseg variant once, for profilers.
 """
 
 import datetime
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import fastseg
-from fastseg.ops import max_pool2d, max_unpool2d
-from fastseg.ops.conv_bn import conv_act, conv_bn_act, conv_bn_act_reference
-from fastseg.ops.conv_branches import conv_branches, conv_branches_reference
+from .gpu_cases import Call, Case, cases
 
 ROUNDS = 30
-Case = tuple[str, float, dict[str, Callable[[], object]]]  # name, bytes moved at least, variants
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- written by gpu_table.py -->", "<!-- end of what gpu_table.py writes -->"
 
 
-def nhwc(*shape: int) -> torch.Tensor:
-    x = torch.randn(shape, device="cuda", dtype=torch.float16)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def pooling(batch: int) -> list[Case]:
-    """SegNet's first pooling, 64 x 360 x 480."""
-    x = nhwc(batch, 64, 360, 480)
-    y, flat = F.max_pool2d(x, 2, return_indices=True)
-    full, small = x.numel() * 2, y.numel() * 2
-    pool: dict = {"torch": lambda: F.max_pool2d(x, 2, return_indices=True)}
-    unpool: dict = {"torch": lambda: F.max_unpool2d(y, flat, 2)}
-    for name, packed in (("fastseg", False), ("fastseg 2-bit", True)):
-        _, indices = max_pool2d(x, 2, packed=packed)
-        pool[name] = lambda packed=packed: max_pool2d(x, 2, packed=packed)
-        unpool[name] = lambda indices=indices: max_unpool2d(y, indices, 2)
-    moved = full + small + y.numel()
-    return [(f"max_pool2d N={batch}", moved, pool), (f"max_unpool2d N={batch}", moved, unpool)]
-
-
-def inference(batch: int, channels: int, dilation: int) -> Case:
-    """A 3x3 layer at 65x65 with folded batch norm, residual and ReLU."""
-    x, r = nhwc(batch, channels, 65, 65), nhwc(batch, channels, 65, 65)
-    w, b = nhwc(channels, channels, 3, 3), torch.randn(channels, device="cuda").half()
-    padding = {"padding": dilation, "dilation": dilation}
-
-    def eager() -> torch.Tensor:
-        return F.relu(F.conv2d(x, w, b, **padding) + r)
-
-    def cudnn() -> torch.Tensor:
-        pair = [dilation] * 2
-        return torch.cudnn_convolution_add_relu(x, w, r, 1.0, b, [1, 1], pair, pair, 1)
-
-    return (
-        f"conv_act {channels}, d={dilation}, N={batch}",
-        3.0 * x.numel() * 2,
-        {
-            "eager": eager,
-            "cudnn fused": cudnn,
-            "compiled": torch.compile(eager, mode="max-autotune-no-cudagraphs"),
-            "fastseg": lambda: conv_act(x, w, b, r, **padding),
-            "fastseg's convolution": chosen("own", lambda: conv_act(x, w, b, r, **padding)),
-            "fastseg around torch's": chosen("torch", lambda: conv_act(x, w, b, r, **padding)),
-        },
-    )
-
-
-def chosen(convolution: str, fn: Callable[[], object]) -> Callable[[], object]:
-    """fn with FASTSEG_CONV set, which says whose convolution runs."""
-
-    def run() -> object:
-        os.environ["FASTSEG_CONV"] = convolution
-        try:
-            return fn()
-        finally:
-            del os.environ["FASTSEG_CONV"]
-
-    return run
-
-
-def pyramid(batch: int, rates: tuple[int, ...]) -> Case:
-    """The 1x1 and the dilated branches of DeepLab v3, 2048 to 256 each, at 65x65."""
-    x = nhwc(batch, 2048, 65, 65)
-    dilations = [1, *rates]
-    weights = [nhwc(256, 2048, k, k) * 0.01 for k in (1, *(3 for _ in rates))]
-    biases = [torch.randn(256, device="cuda").half() for _ in dilations]
-
-    def eager() -> torch.Tensor:
-        return conv_branches_reference(x, weights, biases, dilations)
-
-    return (
-        f"conv_branches rates {rates}, N={batch}",
-        2.0 * (x.numel() + batch * 256 * len(dilations) * 65 * 65),
-        {
-            "eager": eager,
-            "compiled": torch.compile(eager, mode="max-autotune-no-cudagraphs"),
-            "fastseg": lambda: conv_branches(x, weights, biases, dilations),
-        },
-    )
-
-
-def training(batch: int, channels: int) -> Case:
-    """Forward and backward of a 3x3 layer at 65x65 with batch norm and ReLU."""
-    x, w = nhwc(batch, channels, 65, 65), nhwc(channels, channels, 3, 3)
-    leaves = [t.requires_grad_() for t in (x, w, *torch.randn(2, channels, device="cuda"))]
-    stats = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
-    weights = torch.randn_like(x)
-
-    def step(fn: Callable) -> Callable[[], object]:
-        def run() -> object:
-            z = fn(x, w, None, *leaves[2:], *stats, padding=2, dilation=2, training=True)
-            return torch.autograd.grad(z, leaves, weights)
-
-        return run
-
-    compiled = torch.compile(conv_bn_act_reference)
-    variants = {"eager": conv_bn_act_reference, "compiled": compiled, "fastseg": conv_bn_act}
-    steps = {name: step(fn) for name, fn in variants.items()}
-    steps["fastseg's convolution"] = chosen("own", steps["fastseg"])
-    steps["fastseg around torch's"] = chosen("torch", steps["fastseg"])
-    return (
-        f"conv_bn_act training {channels}, N={batch}",
-        10.0 * x.numel() * 2,
-        steps,
-    )
-
-
-def crf(batch: int) -> Case:
-    """21 labels on a 500x375 image, 10 updates, lattices built anew."""
-    layer = fastseg.nn.DenseCRF(iters=10, gaussian=(3, 3.0), bilateral=(80, 13, 10.0)).cuda()
-    ramp = torch.linspace(0, 255, 500, device="cuda").expand(batch, 3, 375, 500)
-    image = (ramp + 8 * torch.randn(batch, 3, 375, 500, device="cuda")).clamp(0, 255)
-    logits = torch.randn(batch, 21, 375, 500, device="cuda")
-    return (f"dense CRF N={batch}", 0.0, {"fastseg": lambda: layer(logits, image)})
-
-
-def cases() -> list[Case]:
-    return [
-        *pooling(8),
-        inference(1, 512, 2),
-        inference(8, 512, 4),
-        inference(16, 512, 4),
-        *(pyramid(n, rates) for n in (1, 8) for rates in ((12, 24, 36), (6, 12, 18))),
-        training(8, 128),
-        training(8, 512),
-        crf(1),
-        crf(8),
-    ]
-
-
-def replayed(fn: Callable[[], object]) -> Callable[[], object]:
+def replayed(fn: Call) -> Call:
     """fn as a replayed CUDA graph, or fn itself where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -176,7 +47,7 @@ def replayed(fn: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def medians(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
+def medians(variants: dict[str, Call]) -> dict[str, float]:
     """Microseconds per call."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     ready = {name: replayed(fn) for name, fn in variants.items()}
@@ -204,35 +75,129 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def main() -> None:
+def row_of(case: Case, us: dict[str, float], limits: dict[str, float]) -> dict[str, Any]:
+    """What the table says of one case, from its times and the ceilings."""
+    floor = max(
+        case.flops / limits["bf16 TFLOP/s"] / 1e6,
+        case.bytes / limits["copy GB/s"] / 1e3,
+    )
+    peers = {name: t for name, t in us.items() if not name.startswith("fastseg")}
+    best = min(peers, key=peers.__getitem__, default=None)
+    return {
+        "case": case.name,
+        "us": us,
+        "floor us": floor or None,
+        "best peer": best,
+        "ratio": us[best] / us["fastseg"] if best else None,
+        "goal": case.goal,
+    }
+
+
+def facts() -> dict[str, Any]:
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "date": str(datetime.date.today()),
+        "gpu": torch.cuda.get_device_name(),
+        "commit": output("git", "rev-parse", "HEAD"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": driver.splitlines()[0] if driver else "",
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as the section of benchmarks/README.md."""
+    limits = ", ".join(f"{value:.0f} {name}" for name, value in results["ceilings"].items())
+    lines = [
+        f"`benchmarks/gpu_check.sh`, {results['gpu']}, {results['date']}, commit "
+        f"{results['commit'][:10]}, torch {results['torch']}, cuDNN {results['cudnn']}, driver "
+        f"{results['driver']}. Medians in us of calls that find nothing in the L2 cache. Ceilings "
+        f"measured in the same run: {limits}.",
+        "",
+        "| case | floor | fastseg | best peer | ratio | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['case']} | | failed: {row['error']} | | | |")
+            continue
+        floor = f"{row['floor us']:.1f}" if row["floor us"] else ""
+        ours = " / ".join(f"{t:.1f}" for name, t in row["us"].items() if name.startswith("fastseg"))
+        best = row["best peer"]
+        peer = f"{row['us'][best]:.1f} ({best})" if best else "none"
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
+        lines.append(
+            f"| {row['case']} | {floor} | {ours} | {peer} | {ratio} | {row['goal'] or ''} |"
+        )
+    return "\n".join(lines)
+
+
+def insert(readme: str, section: str) -> str:
+    """The README with `section` between its marks."""
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    if not re.search(pattern, readme, re.DOTALL):
+        raise ValueError(f"benchmarks/README.md lacks its marks {BEGIN} and {END}")
+    return re.sub(pattern, lambda _: f"{BEGIN}\n{section}\n{END}", readme, flags=re.DOTALL)
+
+
+def write(results: dict[str, Any], folder: Path = HERE) -> Path:
+    """Writes the JSON file of `results` and the table in the folder's README; returns the first."""
+    name = f"{results['date']}-{re.sub('[^A-Za-z0-9]+', '-', results['gpu']).strip('-')}.json"
+    path = folder / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    readme = folder / "README.md"
+    readme.write_text(insert(readme.read_text(), markdown(results)))
+    return path
+
+
+def measure(seconds: float, report: Callable[[str], None] = print) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    limits = ceilings()
+    report(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        try:
+            if time.monotonic() > end:
+                raise TimeoutError("not measured, out of time")
+            row = row_of(case, medians(case.build()), limits)
+        except Exception as error:  # a failing case must not cost the others
+            row = {"case": case.name, "error": str(error).splitlines()[0][:200]}
+        rows.append(row)
+        shown = ", ".join(f"{name} {t:.0f} us" for name, t in row.get("us", {}).items())
+        report(f"{case.name}: {shown or row['error']}")
+        torch.cuda.empty_cache()
+    return {**facts(), "ceilings": limits, "rows": rows}
+
+
+def main(arguments: list[str]) -> int:
+    if "--plan" in arguments:
+        for case in cases():
+            print(f"{case.name}: {', '.join(case.variants)}")
+        return 0
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    if "--once" in sys.argv:
-        for _, _, variants in cases():
-            variants["fastseg"]()
-        return
-    limits = ceilings()
-    print(" | ".join(f"{name} {value:.0f}" for name, value in limits.items()))
-    rows = []
-    for name, moved, variants in cases():
-        us = medians(variants)
-        peer = min((t for variant, t in us.items() if "fastseg" not in variant), default=None)
-        ours = us["fastseg"]
-        row = {"case": name, "us": us, "GB/s": moved / ours / 1e3 if moved else None}
-        row["ratio"] = peer / ours if peer else None
-        rows.append(row)
-        shown = ", ".join(f"{variant} {t:.0f} us" for variant, t in us.items())
-        print(f"{name}: {shown}" + (f"; {row['ratio']:.2f}x" if peer else ""))
-    gpu = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{datetime.date.today()}-{gpu.replace(' ', '-')}.json"
-    facts = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
-    facts |= {"cudnn": torch.backends.cudnn.version(), "commit": commit.stdout.strip()}
-    path.write_text(json.dumps({**facts, "ceilings": limits, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path}")
+    if "--once" in arguments:
+        wanted = arguments[arguments.index("--once") + 1 :]
+        for case in cases():
+            if not wanted or re.search(wanted[0], case.name):
+                case.build()["fastseg"]()
+        torch.cuda.synchronize()
+        return 0
+    limit = "1e9"
+    if "--seconds" in arguments:
+        limit = arguments[arguments.index("--seconds") + 1]
+    results = measure(float(limit))
+    print(f"wrote {write(results)}")
+    return 1 if any("error" in row for row in results["rows"]) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

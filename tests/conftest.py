@@ -13,6 +13,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the CUDA kernels, emulated, in the place of the CPU kernels",
     )
+    parser.addoption(
+        "--poison",
+        action="store_true",
+        help="fill the fresh memory of every tensor with NaN or a largest number",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +29,17 @@ def _emulate(request: pytest.FixtureRequest):
 
     with emulated_ops():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _poison(request: pytest.FixtureRequest):
+    """A kernel that leaves part of its output unwritten then gives a wrong result."""
+    if not request.config.getoption("--poison"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -72,6 +72,12 @@ def test_cuda_code_matches_devices_as_nvidia_defines(archs, capability, runs):
     assert info._runs_on(archs, capability) is runs
 
 
+def test_info_says_which_gpus_the_kernels_ran_on(capsys):
+    assert info.report()["cuda"]["checked_on"] == []
+    info.info()
+    assert "checked on no GPU yet" in capsys.readouterr().out
+
+
 def test_no_cuda_reasons(monkeypatch):
     assert "not built" in info._why_no_cuda([])
     monkeypatch.setattr(torch.version, "cuda", None)

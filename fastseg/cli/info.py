@@ -17,6 +17,8 @@ _ISA_NEEDS = {
     "avx512": "AVX-512 F, BW, DQ and VL",
     "avx512_bf16": "AVX-512 BF16",
 }
+# Names of GPUs that benchmarks/gpu_check.sh has passed on with these kernels.
+_CHECKED_ON: tuple[str, ...] = ()
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "export": ("onnx", "onnxscript"),
@@ -75,7 +77,12 @@ def _cuda() -> dict[str, Any]:
         devices[f"{i}: {torch.cuda.get_device_name(i)}"] = (
             "in use" if runs else f"will not run: no kernels for sm_{capability[0]}{capability[1]}"
         )
-    return {"architectures": archs, "will_not_run": why, "devices": devices}
+    return {
+        "architectures": archs,
+        "will_not_run": why,
+        "devices": devices,
+        "checked_on": list(_CHECKED_ON),
+    }
 
 
 def _ops() -> dict[str, list[str]]:
@@ -137,6 +144,7 @@ def info(json: bool = False) -> None:
     print(f"CUDA      {f'built for {built_for}' if built_for else 'no kernels'}")
     if cuda["will_not_run"]:
         print(f"  will not run: {cuda['will_not_run']}")
+    print(f"  checked on {', '.join(cuda['checked_on']) or 'no GPU yet: only emulated on a CPU'}")
     for name, state in cuda["devices"].items():
         print(f"  {name}  {state}")
     print(f"ops       {len(r['ops'])}")

@@ -214,6 +214,7 @@ def test_sanitizer_finds_nothing(sanitizer):
     environment = {**os.environ, **build.preload(sanitizer), "FASTSEG_SANITIZE": sanitizer}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     command += [__file__ + "::test_emulated_equals_cpu", str(build.HERE / "test_conv.py")]
+    command += [str(build.HERE / "test_conv_wgmma.py")]
     command += ["-k", "emulated"]
     done = subprocess.run(
         command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=600
