@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fastseg.bench.works import unfused
 from torch import Tensor
 
 import fastseg
+from fastseg.bench.works import unfused
 from fastseg.ops import max_pool2d, max_unpool2d
 from fastseg.ops.conv_bn import conv_act, conv_bn_act, conv_bn_act_reference
 

@@ -51,21 +51,21 @@ def training(ops, channels, layout, dtype, residual, slope=0.0):
     return [z, mean, var, *grads, ops.conv_act(x, weight, scale.to(dtype), r, *geometry, slope)]
 
 
-def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0):
-    """Two lattices, their filter and its adjoint, and three updates of the dense CRF."""
+def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0, batch=1):
+    """Two lattices an image, their filter and its adjoint, and updates of the dense CRF."""
     height, width = 6, 11
     lattices = []
     for features, normalization in ((d, 3), (2, 2)):
-        f = torch.rand(1, features, height * width, dtype=dtype) * spread
+        f = torch.rand(batch, features, height * width, dtype=dtype) * spread
         lattices += ops.permutohedral_build(f, height, width, normalization)
-    unary = torch.rand(1, labels, height * width, dtype=dtype)
+    unary, counts = torch.rand(batch, labels, height * width, dtype=dtype), [batch, batch]
     coefficients = [torch.rand(labels, dtype=dtype), torch.rand(labels, labels, dtype=dtype)]
     coefficients[1] = coefficients[1] + coefficients[1].T if full else coefficients[0]
     return [
-        ops.permutohedral_filter(unary, lattices[:1], False),
-        ops.permutohedral_filter(unary, lattices[1:], True),
-        ops.dense_crf(unary, None, lattices, [1, 1], coefficients, height, width, 3, False),
-        ops.dense_crf(unary, unary, lattices, [1, 1], coefficients, height, width, 1, True),
+        ops.permutohedral_filter(unary, lattices[:batch], False),
+        ops.permutohedral_filter(unary, lattices[batch:], True),
+        ops.dense_crf(unary, None, lattices, counts, coefficients, height, width, 3, False),
+        ops.dense_crf(unary, unary, lattices, counts, coefficients, height, width, 1, True),
     ]
 
 
@@ -133,6 +133,7 @@ CASES = {
     "pool 3x3 nchw": lambda ops: pooling(ops, (2, 3, 9, 7), torch.bfloat16, CPU, (3, 2, 1)),
     "pool 5x5 nhwc": lambda ops: pooling(ops, (1, 9, 8, 9), torch.float32, LAST, (5, 3, 2)),
     "crf": lambda ops: crf(ops, 5, False),
+    "crf, batch": lambda ops: crf(ops, 7, True, batch=3),
     "crf, full matrix": lambda ops: crf(ops, 21, True),
     "crf, heavy vertices": lambda ops: crf(ops, 2, True, d=3, spread=0.01),
     "crf, many labels": lambda ops: crf(ops, 150, False, torch.float64),
