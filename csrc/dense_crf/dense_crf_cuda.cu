@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int32_t* vertex = bytes_further(m.vertex, shift) + point * (m.d + 1);
     const T* weight = bytes_further(m.weight, shift) + point * (m.d + 1);
     const V* values = m.values + image * m.values_distance;
-    const T scale = failed ? std::numeric_limits<T>::quiet_NaN()
-                           : bytes_further(m.after, shift)[point] * m.gain;
+    const T scale = failed ? kNotANumber<T> : bytes_further(m.after, shift)[point] * m.gain;
     T* row = reinterpret_cast<T*>(shared) + local * groups * 4;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {

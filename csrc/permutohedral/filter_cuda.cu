@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -131,7 +130,7 @@ __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int grou
     T sum[4] = {};
     if (failed) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] = std::numeric_limits<T>::quiet_NaN();
+      for (int c = 0; c < 4; ++c) sum[c] = kNotANumber<T>;
     } else {
       const T scale = (transposed ? lattice.before : lattice.after)[point] * gain;
       for (int r = 0; r <= lattice.d; ++r) {

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -187,6 +188,10 @@ void dispatch_storage(Storage storage, Fn&& fn) {
   }
   fail_check("permutohedral lattice: values are stored in 16 bits for float32 only");
 }
+
+// What a lattice that could not be built filters to.
+template <typename T>
+constexpr T kNotANumber = std::numeric_limits<T>::quiet_NaN();
 
 inline int64_t cuda_row_width(int64_t channels) { return ceil_div<int64_t>(channels, 4) * 4; }
 
