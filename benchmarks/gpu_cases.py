@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastseg
 from fastseg.bench.works import unfused
-from fastseg.ops import max_pool2d, max_unpool2d
+from fastseg.ops import conv_branches, max_pool2d, max_unpool2d
 from fastseg.ops.conv_bn import conv_act, conv_bn_act, conv_bn_act_reference
 
 Call = Callable[[], object]
@@ -153,11 +153,12 @@ def pyramid(batch: int, rates: tuple[int, ...], goal: float) -> Case:
             ]
             return torch.cat(parts, 1)
 
-        def ours() -> Tensor:
-            parts = [conv_act(x, w, b, padding=d, dilation=d) for w, b, d in branches]
-            return torch.cat(parts, 1)
-
-        return {"eager": eager, "cudnn fused": cudnn, "compiled": compiled(eager), "fastseg": ours}
+        return {
+            "eager": eager,
+            "cudnn fused": cudnn,
+            "compiled": compiled(eager),
+            "fastseg": lambda: conv_branches(x, weights, biases, rates),
+        }
 
     return Case(
         f"ASPP branches 2048 -> 256, rates {', '.join(map(str, rates))}, 65x65, N={batch}",

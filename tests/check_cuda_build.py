@@ -32,7 +32,10 @@ REQUIRED = {
     "backward_reduce<": ("LDG.E.128",),
     "moments_kernel<": ("LDG.E.128",),
 }
+REQUIRED_90A = {"conv_wgmma<": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STG.E.128")}
 FORBIDDEN = ("LDL", "STL")  # local memory
+# What may have it: arrays of as many elements as there are features, which is known at run time.
+LOCAL_ARRAYS = ("locate_points<0", "plan_keys<")
 
 # name of one kernel on one architecture -> (registers, bytes of static shared memory, barriers)
 Usage = dict[str, tuple[int, int, int]]
@@ -154,8 +157,10 @@ def check_instructions(library: Path) -> str:
             continue
         checked += 1
         local = sorted(i for i in have if i.startswith(FORBIDDEN))
+        local = [] if kernel.startswith(LOCAL_ARRAYS) else local
         wrong += [f"{readable}: accesses local memory, {local}"] if local else []
-        required = next((r for k, r in REQUIRED.items() if kernel.startswith(k)), ())
+        table = REQUIRED | (REQUIRED_90A if readable.startswith("sm_90a") else {})
+        required = next((r for k, r in table.items() if kernel.startswith(k)), ())
         wrong += [
             f"{readable}: has no {operation}"
             for operation in required

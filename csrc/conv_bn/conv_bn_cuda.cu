@@ -68,8 +68,8 @@ bool serves(const Tensor& x, const Tensor& weight, const Geometry& g, bool allow
   return std::max(pixels, steps) <= INT32_MAX;
 }
 
-// FASTSEG_CONV in the environment decides for tests and measurements: "torch", "own", or "wgmma",
-// our kernels and this one wherever it serves.
+// FASTSEG_CONV in the environment decides for tests and measurements: "torch"; "own", our kernels;
+// "mma" or "wgmma", ours and that one wherever it serves.
 bool chosen(const char* name) {
   const char* choice = std::getenv("FASTSEG_CONV");
   return choice != nullptr && std::strcmp(choice, name) == 0;
@@ -87,7 +87,7 @@ double mma_cost(const ConvAxis& rows, const ConvAxis& cols) {
   return inside_share(rows) * inside_share(cols) / relative;
 }
 double wgmma_cost(const ConvAxis& rows, const ConvAxis& cols) {
-  if (!wgmma_serves(rows, cols)) return std::numeric_limits<double>::infinity();
+  if (!wgmma_serves(rows, cols) || chosen("mma")) return std::numeric_limits<double>::infinity();
   return chosen("wgmma") ? 0 : inside_share(rows) / 0.88;
 }
 
@@ -95,7 +95,7 @@ double wgmma_cost(const ConvAxis& rows, const ConvAxis& cols) {
 // of 128x128 that do not fill whole waves (counted half, at most twice: libraries have smaller
 // tiles); with statistics, one pass less over the output (at 224 flop/byte).
 bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
-  if (chosen("own") || chosen("wgmma")) return true;
+  if (chosen("own") || chosen("mma") || chosen("wgmma")) return true;
   if (chosen("torch")) return false;
   const DeviceLimits device = device_limits();
   const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
@@ -122,8 +122,8 @@ void set_blocks(Schedule& schedule) {
       static_cast<int>(std::min<int64_t>(2 * device_limits().multiprocessors, useful));
 }
 
-StreamK exchange(const Tensor& x, const Schedule& schedule, bool wide, Tensor& workspace) {
-  const int64_t floats = int64_t{schedule.blocks} * kConvTile * (wide ? 128 : 64);
+StreamK exchange(const Tensor& x, const Schedule& schedule, int columns, Tensor& workspace) {
+  const int64_t floats = int64_t{schedule.blocks} * kConvTile * columns;
   workspace = torch::stable::new_empty(x, {floats + 2 * schedule.blocks}, ScalarType::Float);
   float* data = workspace.mutable_data_ptr<float>();
   return {data, reinterpret_cast<uint64_t*>(data + floats), launch_stamp()};
@@ -196,8 +196,11 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
     if constexpr (sizeof(T) == 2) {
       if (moments == nullptr && wgmma_pays(conv)) {
         FASTSEG_COUNT("conv.cuda_wgmma");
-        return launch_conv_wgmma<T>(conv, x.const_data_ptr<T>(), added, z.mutable_data_ptr<T>(),
-                                    current_stream(x));
+        const int columns = plan_conv_wgmma(conv);
+        Tensor workspace;
+        const StreamK stream_k = exchange(x, conv.schedule, columns, workspace);
+        return launch_conv_wgmma<T>(conv, columns, stream_k, x.const_data_ptr<T>(), added,
+                                    z.mutable_data_ptr<T>(), current_stream(x));
       }
     }
     plan(conv, wide, static_cast<int64_t>(x.element_size()));
@@ -209,7 +212,7 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
       partials = reinterpret_cast<Moments<float>*>(moments->mutable_data_ptr<float>());
     }
     Tensor workspace;
-    const StreamK stream_k = exchange(x, conv.schedule, wide, workspace);
+    const StreamK stream_k = exchange(x, conv.schedule, wide ? 128 : 64, workspace);
     launch_conv_forward<T>(conv, wide, stream_k, x.const_data_ptr<T>(), added, partials,
                            z.mutable_data_ptr<T>(), current_stream(x));
   });
@@ -332,7 +335,7 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, 
   Tensor dweight = torch::stable::empty_like(weight);
   Tensor filters = torch::stable::contiguous(dweight, MemoryFormat::ChannelsLast);
   Tensor workspace;
-  const StreamK stream_k = exchange(x, conv.schedule, wide, workspace);
+  const StreamK stream_k = exchange(x, conv.schedule, wide ? 128 : 64, workspace);
   const auto run = [&](auto tag) {
     using T = decltype(tag);
     launch_conv_weight_gradient<T>(conv, wide, stream_k, x.const_data_ptr<T>(),

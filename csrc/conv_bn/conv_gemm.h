@@ -63,6 +63,24 @@ struct Schedule {
   }
 };
 
+// The part of one tile that a block computes: steps [begin, end) of the run's `steps`.
+struct TilePart {
+  TileRun run;
+  int tile;  // of the run
+  int begin, end;
+  int first_step;  // of the tile
+};
+
+// The last part of a block that has steps [begin, end) of the line.
+__device__ inline TilePart last_part(const Schedule& schedule, int begin, int end) {
+  int r = schedule.runs - 1;
+  while (schedule.run[r].first_step >= end) --r;
+  const TileRun& run = schedule.run[r];
+  const int tile = (end - 1 - run.first_step) / run.steps;
+  const int first = run.first_step + tile * run.steps;
+  return {run, tile, (begin > first ? begin : first) - first, end - first, first};
+}
+
 struct ConvForward {
   int N, C, x_stride, z_stride;  // channels last; elements from one pixel to the next
   float slope;                   // of the activation, 0 is ReLU and 1 none

@@ -29,24 +29,6 @@ static_assert((kStagingRows * (kStagingStride<128> + 1)) * 4 <= kSharedBytes<128
 template <int kColumns>
 using Accumulators = float[4][kColumns / 16][4];
 
-// The part of one tile that a block computes: steps [begin, end) of the run's `steps`.
-struct TilePart {
-  TileRun run;
-  int tile;  // of the run
-  int begin, end;
-  int first_step;  // of the tile
-};
-
-// The last part of a block that has steps [begin, end) of the line.
-__device__ __forceinline__ TilePart last_part(const Schedule& schedule, int begin, int end) {
-  int r = schedule.runs - 1;
-  while (schedule.run[r].first_step >= end) --r;
-  const TileRun& run = schedule.run[r];
-  const int tile = (end - 1 - run.first_step) / run.steps;
-  const int first = run.first_step + tile * run.steps;
-  return {run, tile, (begin > first ? begin : first) - first, end - first, first};
-}
-
 // acc += a * b of 32 bytes of each row.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply(Accumulators<kColumns>& acc, uint32_t (&a)[4][4],

@@ -17,10 +17,13 @@ inline bool wgmma_serves(const ConvAxis& rows, const ConvAxis& cols) {
   return device_limits().major == 9 && fits(rows) && fits(cols);
 }
 
-// All branches of `conv`, of which the schedule and segments are not used; see launch_conv_forward.
-// T is Half or BFloat16.
+// Sets the schedule of `conv`, tiles of kConvTile pixels in the order of memory; returns their
+// columns.
+int plan_conv_wgmma(ConvForward& conv);
+
+// The same as launch_conv_forward, without moments. T is Half or BFloat16.
 template <typename T>
-void launch_conv_wgmma(const ConvForward& conv, const T* x, const T* residual, T* z,
-                       cudaStream_t stream);
+void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stream_k, const T* x,
+                       const T* residual, T* z, cudaStream_t stream);
 
 }  // namespace fastseg

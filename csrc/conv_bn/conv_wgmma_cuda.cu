@@ -1,9 +1,10 @@
-// Implicit-GEMM convolution for compute capability 9.0 (sm_90a): a block computes tiles of 128
-// output pixels, in the order of memory, by 64 to 256 output channels, in steps of 64 input
-// channels of one tap. One warp fetches both operands by bulk copies, activations in im2col mode,
-// through four stages of shared memory; two warpgroups multiply 64 pixels each. A tile skips the
-// taps that read only padding for all of its pixels.
+// Implicit-GEMM convolution for compute capability 9.0 (sm_90a): tiles of 128 output pixels, in the
+// order of memory, by 64 to 256 output channels, in steps of 64 input channels under one tap. One
+// warp fetches both operands by bulk copies, activations in im2col mode, through four stages of
+// shared memory; two warpgroups multiply 64 pixels each. A tile skips the rows of the filter that
+// read only padding for all of its pixels. Steps are shared out equally, as in conv_forward.
 #include <algorithm>
+#include <vector>
 
 #include "common/ptx.cuh"
 #include "conv_bn/conv_epilogue.cuh"
@@ -21,9 +22,10 @@ namespace {
 
 constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kPixels = 64 * kConsumers, kStages = 4;
+static_assert(kPixels == kConvTile);
 constexpr int kRowBytes = 128, kDepth = kRowBytes / 2;  // of a tile row in one step
 // Registers of a thread. All start with 168, what a block of kThreads leaves each.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
 // The epilogue passes 32 columns at a time through shared memory, in rows of 40 floats: then pairs
 // that 16 lanes write fall into different banks.
@@ -36,16 +38,16 @@ template <int kColumns>
 constexpr int kSharedBytes = kStages * (kStageBytes<kColumns> + 2 * 8) + kConsumers * kStagingBytes;
 static_assert(kSharedBytes<256> <= 227 * 1024);
 
-// What a launch computes: the tiles of all branches, one branch after another.
+// What a launch computes.
 template <typename T>
 struct WgmmaConv {
-  int N, C, z_stride, branches, tiles;
-  int first_tile[kMaxBranches];
+  int C, z_stride;
+  int64_t pixels;  // of each branch
+  Schedule schedule;
   ConvBranch branch[kMaxBranches];
   ConvEpilogue<T> epilogue;  // without the bias, which is the branch's
   TensorMap x[kMaxBranches], weight[kMaxBranches];
 };
-static_assert(sizeof(WgmmaConv<Half>) < 4096);
 
 // Which stage is next, and how often all have been used, modulo 2.
 struct Ring {
@@ -57,46 +59,32 @@ struct Ring {
   }
 };
 
-struct Tile {
-  int branch, first_column;
-  int64_t first_pixel;
-};
-
-template <int kColumns, typename T>
-__device__ __forceinline__ Tile tile_at(const WgmmaConv<T>& conv, int number) {
-  int b = conv.branches - 1;
-  while (number < conv.first_tile[b]) --b;
-  const int column_tiles = ceil_div(conv.branch[b].K, kColumns), i = number - conv.first_tile[b];
-  return {b, i % column_tiles * kColumns, int64_t{i / column_tiles} * kPixels};
-}
-
-// Bit r * cols.taps + s: whether tap (r, s) of some pixel of the tile lies inside the image. All
-// lanes of a warp call it.
-__device__ __forceinline__ uint64_t tile_taps(const ConvBranch& branch, int N,
-                                              int64_t first_pixel) {
-  const ConvAxis &rows = branch.rows, &cols = branch.cols;
-  const int64_t pixels = int64_t{N} * rows.out * cols.out;
-  uint64_t taps = 0;
-  for (int i = threadIdx.x % 32; i < kPixels && first_pixel + i < pixels; i += 32) {
-    const int64_t line = (first_pixel + i) / cols.out;
-    const int col = static_cast<int>(first_pixel + i - line * cols.out);
-    const int row = static_cast<int>(line % rows.out);
-    uint64_t bit = 1;
-    for (int r = 0; r < rows.taps; ++r) {
-      const int h = row * rows.stride - rows.padding + r * rows.dilation;
-      for (int s = 0; s < cols.taps; ++s, bit <<= 1) {
-        const int w = col * cols.stride - cols.padding + s * cols.dilation;
-        if (h >= 0 && h < rows.in && w >= 0 && w < cols.in) taps |= bit;
-      }
-    }
+// Calls fn(part, branch, row tile, first column) for each part of a tile that this block computes;
+// backwards, so that what the next block waits for comes first.
+template <int kColumns, typename T, typename Fn>
+__device__ __forceinline__ void for_each_part(const WgmmaConv<T>& conv, const Fn& fn) {
+  const int begin = conv.schedule.first_step(blockIdx.x);
+  for (int end = conv.schedule.first_step(blockIdx.x + 1); end > begin;) {
+    const TilePart part = last_part(conv.schedule, begin, end);
+    end = part.first_step + part.begin;
+    const ConvBranch& branch = conv.branch[part.run.branch];
+    const int column_tiles = ceil_div(branch.K, kColumns);
+    fn(part, branch, part.run.first_tile + part.tile / column_tiles,
+       part.tile % column_tiles * kColumns);
   }
-  for (int step = 16; step > 0; step /= 2) taps |= __shfl_xor_sync(0xffffffffu, taps, step);
-  return taps;
 }
+
+// Where the accumulators of consumer thread t of a block lie, four at a time.
+template <int kColumns>
+__device__ __forceinline__ float* partial_of(const StreamK& stream_k, int block, int t) {
+  return stream_k.partials + (int64_t{block} * kColumns * kPixels) + t * 4;
+}
+constexpr int kAllConsumers = 1 + kConsumers;  // named barrier; each warpgroup has its own before
+constexpr int kPartialStep = kConsumers * kWarpgroup * 4;
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
-    conv_wgmma(const __grid_constant__ WgmmaConv<T> conv) {
+    conv_wgmma(const __grid_constant__ WgmmaConv<T> conv, StreamK stream_k) {
 #if FASTSEG_SM90A
   FASTSEG_DYNAMIC_SHARED(shared);
   unsigned char* stages = shared;
@@ -112,78 +100,104 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
-  const int depth_steps = ceil_div(conv.C, kDepth);
   Ring ring;
 
   if (warpgroup == 0) {
     release_registers<kProducerRegisters>();
-    if (t >= 32) return;
-    for (int number = blockIdx.x; number < conv.tiles; number += gridDim.x) {
-      const Tile tile = tile_at<kColumns>(conv, number);
-      const ConvBranch& branch = conv.branch[tile.branch];
+    if (t != 0) return;
+    for_each_part<kColumns>(conv, [&](const TilePart& part, const ConvBranch& branch, int row_tile,
+                                      int first_column) {
       const ConvAxis &rows = branch.rows, &cols = branch.cols;
-      const uint64_t used = tile_taps(branch, conv.N, tile.first_pixel);
-      if (lane != 0) continue;
-      const int64_t line = tile.first_pixel / cols.out;
+      const int64_t first_pixel = int64_t{row_tile} * kPixels, line = first_pixel / cols.out;
       const int n = static_cast<int>(line / rows.out);
       const int h = static_cast<int>(line % rows.out) * rows.stride - rows.padding;
-      const int w =
-          static_cast<int>(tile.first_pixel - line * cols.out) * cols.stride - cols.padding;
-      const int taps = rows.taps * cols.taps;
-      for (int tap = 0; tap < taps; ++tap) {
-        if (!(used >> tap & 1)) continue;
-        const int down = tap / cols.taps * rows.dilation, right = tap % cols.taps * cols.dilation;
-        const int filter_tap = branch.flipped ? taps - 1 - tap : tap;
-        for (int step = 0; step < depth_steps; ++step) {
-          mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
-          uint64_t* barrier = &full[ring.stage];
-          unsigned char* a = stages + ring.stage * kStageBytes<kColumns>;
-          mbarrier_arrive_expect_tx(barrier, kStageBytes<kColumns>);
-          tma_load_im2col(a, conv.x[tile.branch], barrier, step * kDepth, w, h, n, right, down);
-          tma_load_3d(a + kPixels * kRowBytes, conv.weight[tile.branch], barrier, step * kDepth,
-                      filter_tap, tile.first_column);
-          ring.advance();
+      const int w = static_cast<int>(first_pixel - line * cols.out) * cols.stride - cols.padding;
+      // Under the taps left in `rest`, then kDepth channels further on.
+      const int taps = rows.taps * cols.taps, tap_count = __popcll(part.run.taps);
+      int c = part.begin / tap_count * kDepth;
+      uint64_t rest = part.run.taps;
+      for (int skip = part.begin % tap_count; skip > 0; --skip) rest &= rest - 1;
+      for (int step = part.begin; step < part.end; ++step) {
+        const int tap = 63 - __clzll(static_cast<long long>(rest & (~rest + 1)));
+        mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
+        uint64_t* barrier = &full[ring.stage];
+        unsigned char* a = stages + ring.stage * kStageBytes<kColumns>;
+        mbarrier_arrive_expect_tx(barrier, kStageBytes<kColumns>);
+        tma_load_im2col(a, conv.x[part.run.branch], barrier, c, w, h, n,
+                        tap % cols.taps * cols.dilation, tap / cols.taps * rows.dilation);
+        tma_load_3d(a + kPixels * kRowBytes, conv.weight[part.run.branch], barrier, c,
+                    branch.flipped ? taps - 1 - tap : tap, first_column);
+        ring.advance();
+        rest &= rest - 1;
+        if (rest == 0) {
+          rest = part.run.taps;
+          c += kDepth;
         }
       }
-    }
+    });
     return;
   }
 
   take_registers<kConsumerRegisters>();
-  const int part = warpgroup - 1;
-  float* slab = reinterpret_cast<float*>(staging + part * kStagingBytes);
+  const int half = warpgroup - 1;  // of the tile's pixels
+  float* slab = reinterpret_cast<float*>(staging + half * kStagingBytes);
   float acc[kColumns / 2] = {};
-  for (int number = blockIdx.x; number < conv.tiles; number += gridDim.x) {
-    const Tile tile = tile_at<kColumns>(conv, number);
-    const ConvBranch& branch = conv.branch[tile.branch];
-    const int steps = __popcll(tile_taps(branch, conv.N, tile.first_pixel)) * depth_steps;
+  for_each_part<kColumns>(conv, [&](const TilePart& part, const ConvBranch& branch, int row_tile,
+                                    int first_column) {
     int last_stage = 0;
     wgmma_fence(acc);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = part.begin; step < part.end; ++step) {
       const unsigned char* a = stages + ring.stage * kStageBytes<kColumns>;
       mbarrier_wait(&full[ring.stage], ring.parity);
       wgmma_continue();
 #pragma unroll
       for (int k = 0; k < kRowBytes; k += 32) {
-        wgmma_m64k16<T, kColumns>(acc, wgmma_operand(a + part * 64 * kRowBytes + k),
-                                  wgmma_operand(a + kPixels * kRowBytes + k), step + k > 0);
+        wgmma_m64k16<T, kColumns>(acc, wgmma_operand(a + half * 64 * kRowBytes + k),
+                                  wgmma_operand(a + kPixels * kRowBytes + k),
+                                  step > part.begin || k > 0);
       }
       wgmma_commit();
       wgmma_wait<1>(acc);  // so the step before has read its stage
-      if (step > 0 && lane == 0) mbarrier_arrive(&empty[last_stage]);
+      if (step > part.begin && lane == 0) mbarrier_arrive(&empty[last_stage]);
       last_stage = ring.stage;
       ring.advance();
     }
     wgmma_wait<0>(acc);
-    if (steps > 0 && lane == 0) mbarrier_arrive(&empty[last_stage]);
-    if (steps == 0) {
+    if (lane == 0) mbarrier_arrive(&empty[last_stage]);
+
+    const int consumer = t - kWarpgroup;
+    if (part.end < part.run.steps) {  // the next block adds this to its part of the tile
+      float* at = partial_of<kColumns>(stream_k, blockIdx.x, consumer);
 #pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0;
+      for (int i = 0; i < kColumns / 2; i += 4, at += kPartialStep) {
+        const float four[4] = {acc[i], acc[i + 1], acc[i + 2], acc[i + 3]};
+        store_vector(at, four);
+      }
+      named_barrier_sync(kAllConsumers, kConsumers * kWarpgroup);
+      if (consumer == 0) store_release(stream_k.flags + blockIdx.x, stream_k.stamp);
+      return;
+    }
+    if (part.begin > 0) {
+      for (int block = conv.schedule.block_of(part.first_step);
+           block < static_cast<int>(blockIdx.x); ++block) {
+        if (consumer == 0) {
+          wait_acquire(stream_k.flags + block, stream_k.stamp);
+          store_release(stream_k.flags + block, 0);
+        }
+        named_barrier_sync(kAllConsumers, kConsumers * kWarpgroup);
+        const float* at = partial_of<kColumns>(stream_k, block, consumer);
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; i += 4, at += kPartialStep) {
+          float four[4];
+          load_vector(at, four);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) acc[i + k] += four[k];
+        }
+      }
     }
 
     ConvEpilogue<T> epilogue = conv.epilogue;
     epilogue.bias = static_cast<const T*>(branch.bias);
-    const int64_t pixels = int64_t{conv.N} * branch.rows.out * branch.cols.out;
     const int row = t % kWarpgroup / 32 * 16 + lane / 4;  // and row + 8
 #pragma unroll
     for (int first = 0; first < kColumns; first += kSlab) {
@@ -192,56 +206,95 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float pair[2] = {acc[first / 2 + i], acc[first / 2 + i + 1]};
         store_vector(slab + (row + i / 2 % 2 * 8) * kSlabStride + i / 4 * 8 + lane % 4 * 2, pair);
       }
-      named_barrier_sync(1 + part, kWarpgroup);
+      named_barrier_sync(1 + half, kWarpgroup);
       for (int item = t % kWarpgroup; item < 64 * (kSlab / 8); item += kWarpgroup) {
         const int line = item / (kSlab / 8), k = item % (kSlab / 8) * 8;
-        const int64_t pixel = tile.first_pixel + part * 64 + line;
-        const int channel = tile.first_column + first + k;
-        if (pixel >= pixels || channel >= branch.K) continue;
+        const int64_t pixel = int64_t{row_tile} * kPixels + half * 64 + line;
+        const int channel = first_column + first + k;
+        if (pixel >= conv.pixels || channel >= branch.K) continue;
         float values[8];
         load_vector(slab + line * kSlabStride + k, values);
         epilogue.store(values, pixel * conv.z_stride + branch.first_channel + channel, channel,
                        branch.K - channel);
       }
-      named_barrier_sync(1 + part, kWarpgroup);
+      named_barrier_sync(1 + half, kWarpgroup);
+    }
+  });
+#endif
+}
+
+// Appends a branch's tiles in the order of memory. A tile takes the rows of the filter that some of
+// its pixels need, or all if `alike`. False if there is no room.
+bool add_linear_branch(Schedule& s, const ConvBranch& b, int branch, int N, int columns,
+                       int depth_steps, bool alike) {
+  const auto line_taps = [&](int line) {
+    const Segments one{1, {line, line + 1}};
+    return segment_taps(b.rows, one, 0);
+  };
+  const unsigned right = segment_taps(b.cols, {1, {0, b.cols.out}}, 0);
+  const unsigned all = segment_taps(b.rows, {1, {0, b.rows.out}}, 0);
+  std::vector<unsigned> lines(static_cast<size_t>(b.rows.out), all);
+  for (int line = 0; line < b.rows.out && !alike; ++line) lines[line] = line_taps(line);
+  const int64_t pixels = int64_t{N} * b.rows.out * b.cols.out;
+  for (int64_t first = 0; first < pixels; first += kPixels) {
+    const int64_t last = std::min(first + kPixels, pixels) - 1;
+    unsigned down = 0;
+    for (int64_t line = first / b.cols.out; line <= last / b.cols.out && down != all; ++line) {
+      down |= lines[static_cast<size_t>(line % b.rows.out)];
+    }
+    uint64_t taps = 0;
+    for (int t = 0; t < b.rows.taps; ++t) {
+      if (down >> t & 1) taps |= uint64_t{right} << t * b.cols.taps;
+    }
+    if (taps == 0) taps = 1;  // nothing but padding: one step of zeros
+    if (!add_run(s, branch, taps, static_cast<int>(first / kPixels), 1,
+                 __builtin_popcountll(taps) * depth_steps, ceil_div(b.K, columns))) {
+      return false;
     }
   }
-#endif
+  return true;
 }
 
 }  // namespace
 
-template <typename T>
-void launch_conv_wgmma(const ConvForward& conv, const T* x, const T* residual, T* z,
-                       cudaStream_t stream) {
-  const int multiprocessors = device_limits().multiprocessors;
-  const auto tiles = [&](int b, int columns) {
-    const ConvBranch& branch = conv.branch[b];
-    const int64_t pixels = int64_t{conv.N} * branch.rows.out * branch.cols.out;
-    return static_cast<int>(ceil_div<int64_t>(pixels, kPixels)) * ceil_div(branch.K, columns);
-  };
+int plan_conv_wgmma(ConvForward& conv) {
   // A step of a warpgroup reads 64 rows of pixels and `columns` rows of weights from shared memory,
   // which is what a narrow tile waits for.
   const auto cost = [&](int columns) {
-    int all = 0;
-    for (int b = 0; b < conv.branches; ++b) all += tiles(b, columns);
-    return int64_t{ceil_div(all, multiprocessors)} * (64 + columns);
+    int64_t all = 0;
+    for (int b = 0; b < conv.branches; ++b) all += ceil_div(conv.branch[b].K, columns);
+    return all * (64 + columns);
   };
   int columns = 256;
   if (cost(128) < cost(columns)) columns = 128;
   if (cost(64) < cost(columns)) columns = 64;
+  for (const bool alike : {false, true}) {
+    conv.schedule = {};
+    bool fits = true;
+    for (int b = 0; b < conv.branches; ++b) {
+      fits = fits && add_linear_branch(conv.schedule, conv.branch[b], b, conv.N, columns,
+                                       ceil_div(conv.C, kDepth), alike);
+    }
+    if (fits) break;
+  }
+  constexpr int64_t kLeastSteps = 8;  // of a block
+  conv.schedule.blocks = static_cast<int>(
+      std::clamp<int64_t>(conv.schedule.steps / kLeastSteps, 1, device_limits().multiprocessors));
+  return columns;
+}
 
+template <typename T>
+void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stream_k, const T* x,
+                       const T* residual, T* z, cudaStream_t stream) {
   WgmmaConv<T> launched{};
-  launched.N = conv.N;
   launched.C = conv.C;
   launched.z_stride = conv.z_stride;
-  launched.branches = conv.branches;
+  launched.pixels = int64_t{conv.N} * conv.branch[0].rows.out * conv.branch[0].cols.out;
+  launched.schedule = conv.schedule;
   launched.epilogue = {nullptr, residual, z, conv.slope, conv.whole != 0};
   for (int b = 0; b < conv.branches; ++b) {
     const ConvBranch& branch = launched.branch[b] = conv.branch[b];
     const ConvAxis &rows = branch.rows, &cols = branch.cols;
-    launched.first_tile[b] = launched.tiles;
-    launched.tiles += tiles(b, columns);
     const auto high = [](const ConvAxis& a) { return a.padding - (a.taps - 1) * a.dilation; };
     launched.x[b] = tensor_map(x, Im2colBox{conv.N,
                                             rows.in,
@@ -258,9 +311,9 @@ void launch_conv_wgmma(const ConvForward& conv, const T* x, const T* residual, T
         static_cast<const T*>(branch.weight),
         TiledBox{{conv.C, taps, branch.K}, {conv.C, conv.C * taps}, {kDepth, 1, columns}, true});
   }
-  const auto run = [&](void (*kernel)(WgmmaConv<T>), int shared_bytes) {
-    launch(kernel, static_cast<unsigned>(std::min(launched.tiles, multiprocessors)), kThreads,
-           shared_bytes, stream, launched);
+  const auto run = [&](void (*kernel)(WgmmaConv<T>, StreamK), int shared_bytes) {
+    launch(kernel, static_cast<unsigned>(conv.schedule.blocks), kThreads, shared_bytes, stream,
+           launched, stream_k);
   };
   if (columns == 256) {
     run(conv_wgmma<T, 256>, kSharedBytes<256>);
@@ -271,8 +324,11 @@ void launch_conv_wgmma(const ConvForward& conv, const T* x, const T* residual, T
   }
 }
 
-template void launch_conv_wgmma(const ConvForward&, const Half*, const Half*, Half*, cudaStream_t);
-template void launch_conv_wgmma(const ConvForward&, const BFloat16*, const BFloat16*, BFloat16*,
-                                cudaStream_t);
+#define FASTSEG_INSTANTIATE(T)                                                                     \
+  template void launch_conv_wgmma(const ConvForward&, int, const StreamK&, const T*, const T*, T*, \
+                                  cudaStream_t);
+FASTSEG_INSTANTIATE(Half)
+FASTSEG_INSTANTIATE(BFloat16)
+#undef FASTSEG_INSTANTIATE
 
 }  // namespace fastseg

@@ -128,7 +128,13 @@ def test_instructions_are_those_of_the_taps_that_a_tile_uses():
 @pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("dilation", "choice", "wgmma"),
-    [(2, None, True), (14, None, False), (2, "torch", False), (14, "wgmma", True)],
+    [
+        (2, None, True),
+        (14, None, False),
+        (2, "torch", False),
+        (2, "mma", False),
+        (14, "wgmma", True),
+    ],
 )
 def test_choice_of_the_kernel(dilation, choice, wgmma, monkeypatch):
     """Where most taps read padding to the left and right, mma.sync, which skips them, does less."""
