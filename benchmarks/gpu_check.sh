@@ -79,7 +79,7 @@ if have compute-sanitizer; then
 fi
 
 step "ceilings and benchmark table"
-if [ $plan = 1 ]; then "$PYTHON" -m benchmarks.gpu_table --plan; fi
+if [ $plan = 1 ]; then "$PYTHON" -m benchmarks.gpu_table --plan || exit 2; fi
 seconds=$((470 - SECONDS)) # what the steps before have left, to end well within 9 minutes
 run $((seconds + 25)) "$PYTHON" -m benchmarks.gpu_table --seconds "$seconds"
 

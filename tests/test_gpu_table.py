@@ -2,8 +2,10 @@
 (with made-up numbers, into a folder that is thrown away)."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,10 @@ def test_cases_are_named_once_and_measure_fastseg():
 def test_plan_of_the_check():
     script = ROOT / "benchmarks" / "gpu_check.sh"
     subprocess.run(["bash", "-n", script], check=True)
-    done = subprocess.run([script, "--plan"], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [script, "--plan"], env=environment, capture_output=True, text=True, check=True
+    )
     steps = re.findall(r"^== (.*)$", done.stdout, re.MULTILINE)
     assert steps == [
         "build",
