@@ -185,7 +185,8 @@ def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, PackedConv2d):
-            return module.weight.shape[0]
+            K = module.weight.shape[0]
+            return None if K == 1 and len(node.args) > 1 else K  # the sum may broadcast
     same = (
         (node.op == "call_function" and node.target is F.interpolate)
         or (node.op == "call_method" and node.target in ("expand", "expand_as"))

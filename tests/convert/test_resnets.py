@@ -288,6 +288,7 @@ def test_batch_norm_counters_may_be_absent():
     [
         ("smp_unet", "decoder.blocks.0.conv1.0.weight"),
         ("smp_pspnet", "decoder.psp.blocks.0.pool.1.0.weight"),
+        ("smp_resnet", "decoder.p5.weight"),
     ],
 )
 def test_other_decoders_of_smp_leave_their_trunk(layout, decoder):

@@ -1,4 +1,4 @@
-"""segmentation-models-pytorch: DeepLab v3 on ResNet, and the ResNet of its U-Net and PSPNet."""
+"""segmentation-models-pytorch: DeepLab v3 on ResNet, and the ResNet of its other networks."""
 
 from __future__ import annotations
 
@@ -38,13 +38,25 @@ PSPNET = Layout(
     rules=(*TRUNK, (r"(decoder|segmentation_head)\..*", None)),
     trunk=True,
 )
-LAYOUTS = (DEEPLABV3, UNET, PSPNET)
+RESNET = Layout(
+    "smp_resnet",
+    "ResNet of any other network of segmentation-models-pytorch",
+    marks=(
+        r"encoder\.conv1\.weight",
+        r"encoder\.layer4\.0\.conv3\.weight",
+        r"segmentation_head\.0\.weight",
+    ),
+    rules=(*TRUNK, (r"(decoder|segmentation_head|classification_head)\..*", None)),
+    trunk=True,
+)
+LAYOUTS = (DEEPLABV3, UNET, PSPNET, RESNET)
 
 
 def smp(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """segmentation-models-pytorch's DeepLab v3, or the ResNet of its U-Net or PSPNet, in our names.
+    """segmentation-models-pytorch's DeepLab v3, or the ResNet of its other networks, in our names.
 
-    DeepLab v3 is our ``deeplabv3_resnet50(variant="smp")`` or 101. That library's U-Net has no
+    DeepLab v3 is our ``deeplabv3_resnet50(variant="smp")`` or 101; its rates are (12, 24, 36) also
+    at ``output_stride=16``. That library's U-Net has no
     transposed convolutions and other widths, and its PSPNet pools the undilated map at 1/8 and has
     a 1x1 convolution after the pyramid: neither decoder is the paper's, so only the ResNet results.
     Arguments and errors as :func:`fastseg.convert.torchvision`.
