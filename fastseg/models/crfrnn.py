@@ -64,7 +64,7 @@ class FCNWithCRF(SegmentationModel):
     PAPER,
     stride=8,
     voc2012=74.7,
-    conditions="trained with COCO images, single scale; without COCO 72.0",
+    conditions="as the paper reports, trained with COCO images, single scale; without COCO 72.0",
     family=FCNWithCRF,
 )
 def crfrnn_fcn8s_vgg16(

@@ -189,7 +189,7 @@ def refinenet_resnet50(num_classes: int = 21, in_channels: int = 3, **options: A
     PAPER,
     stride=4,
     voc2012=82.4,
-    conditions="COCO images, many scales, dense CRF",
+    conditions="COCO images, many scales, dense CRF; as reported on the leaderboard",
     family=refinenet,
 )
 def refinenet_resnet101(num_classes: int = 21, in_channels: int = 3, **options: Any) -> RefineNet:

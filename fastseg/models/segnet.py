@@ -141,7 +141,7 @@ def init_bn_shift(model: nn.Module) -> None:
     PAPER,
     stride=1,
     voc2012=59.9,
-    conditions="leaderboard entry, no CRF; the paper lists 59.1",
+    conditions="as reported on the leaderboard, no CRF; the paper lists 59.1",
     family=SegNet,
 )
 def segnet_vgg16(num_classes: int = 21, in_channels: int = 3, **options: Any) -> SegNet:

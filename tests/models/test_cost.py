@@ -8,6 +8,7 @@ from fastseg import models
 PUBLISHED = {
     ("fcn32s_vgg16", ()): (134_346_581, 110.8),
     ("fcn16s_vgg16", ()): (134_357_354, 110.8),
+    # Fixed upsampling multiplies nothing here; with learned kernels it is 110.86.
     ("fcn8s_vgg16", ()): (134_362_751, 110.8),
     ("fcn8s_vgg16", (("padding", "caffe"), ("upsample", "dense"))): (134_489_759, 190.4),
     ("crfrnn_fcn8s_vgg16", ()): (134_491_103, None),
@@ -19,6 +20,8 @@ PUBLISHED = {
     ("deeplabv1_largefov_vgg16", (), 321): (20_505_429, 50.9),
     ("deeplabv1_largefov_vgg16", (("multi_scale", True),), 513): (21_711_550, 147.3),
     ("deeplabv1_7x7_vgg16", (), 513): (134_346_581, 609.5),
+    # pool4 is 2x2 with stride 1 and no padding: conv5 to fc7 see 65x65 cells. A count that keeps
+    # the 66x66 of pool3 gives 326.0.
     ("deeplabv1_4x4_vgg16", (), 514): (65_140_565, 318.5),
     ("deeplabv2_vgg16", (), 513): (37_877_652, 202.0),
     ("deeplabv2_vgg16", (("rates", (2, 4, 8, 12)),), 513): (37_877_652, 202.0),
