@@ -53,7 +53,8 @@ def small(name, **options):
 @pytest.fixture(autouse=True)
 def _shallow(monkeypatch):
     """All ResNets get one block per stage."""
-    monkeypatch.setattr("fastseg.models.resnet.BLOCKS", dict.fromkeys((50, 101), (1, 1, 1, 1)))
+    blocks = dict.fromkeys((50, 101, 152), (1, 1, 1, 1))
+    monkeypatch.setattr("fastseg.models.resnet.BLOCKS", blocks)
 
 
 @pytest.fixture(params=NAMES)
@@ -85,6 +86,31 @@ def test_any_size(model):
         out = model(image(2, 4, *size))["out"]
         assert out.shape == (2, 3, *size)
         assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(set(models.list_models()) - set(NAMES)))
+@torch.no_grad()
+def test_the_others_of_a_family(name):
+    """What the tests below leave out because another trunk stands for it."""
+    options = (
+        {} if name == "u2net" else SMALL[max((p for p in SMALL if name.startswith(p)), key=len)]
+    )
+    model = models.create_model(name, num_classes=3, in_channels=4, **options).eval()
+    assert model(image(1, 4, 37, 33))["out"].shape == (1, 3, 37, 33)
+
+
+def test_training_with_one_image(model):
+    """It trains, or one sentence says why it cannot."""
+    model.train()
+    x = image(1, 4, 65, 65)
+    pooled = (fastseg.nn.ASPP, fastseg.nn.PyramidPooling)
+    if any(isinstance(m, pooled) for m in model.modules()):
+        with pytest.raises(ValueError, match="needs a batch of at least 2 in training"):
+            model(x)
+        model.freeze_bn()
+    loss = model(x)["out"].square().mean()
+    loss.backward()
+    assert loss.isfinite()
 
 
 @torch.no_grad()
