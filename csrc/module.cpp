@@ -77,10 +77,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_cpu_isas", &supported_isas, "Instruction sets this CPU can run, weakest first.");
   m.def("cpu_isa", [] { return isa_name(current_isa()); }, "The instruction set the kernels use.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another instruction set, for tests.");
-  m.def("bf16_products", [] { return bf16_products().load(); },
-        "Whether bfloat16 convolutions multiply in bfloat16 where they may.");
-  m.def("set_bf16_products", [](bool on) { bf16_products() = on; }, py::arg("on"),
-        "Make that choice another way, for tests; what is packed already stays.");
+  m.def(
+      "bf16_products", [] { return bf16_products().load(); },
+      "Whether bfloat16 convolutions multiply in bfloat16 where they may.");
+  m.def(
+      "set_bf16_products", [](bool on) { bf16_products() = on; }, py::arg("on"),
+      "Make that choice another way, for tests; what is packed already stays.");
   m.def("kernel_counts", &kernel_counts, "How often each kernel variant ran since the last reset.");
   m.def("reset_kernel_counts", &reset_kernel_counts);
   py::class_<BufferView>(m, "BufferView", py::buffer_protocol(),
