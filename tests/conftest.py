@@ -64,6 +64,13 @@ def cpu_isa(request: pytest.FixtureRequest):
     _C.set_cpu_isa(best)
 
 
+@pytest.fixture
+def not_emulated(request: pytest.FixtureRequest) -> None:
+    """For tests of what only the CPU kernels can do."""
+    if request.config.getoption("--emulate"):
+        pytest.skip("the CUDA kernels do not have this")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

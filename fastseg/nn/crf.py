@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.dense_crf import (
-    PairwiseTerm,
-    bilateral_features,
-    dense_crf,
-    gaussian_lattice,
-)
+from ..ops.dense_crf import PairwiseTerm, dense_crf, kl_divergence
+from ..ops.gaussian_features import bilateral_features, gaussian_features, gaussian_lattice
 from ..ops.permutohedral import NORMALIZATIONS
 
 Width = float | Sequence[float]
+KERNELS = ("const", "diag", "full")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What this layer does without arguments.
@@ -32,6 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chen et al. 2017, VGG-16 as released, and the ResNet-101 setting in common use.
     "deeplab_v2_vgg16": {"iters": 10, "gaussian": (2, 2.0), "bilateral": (65, 3, 4.0)},
     "deeplab_v2": {"iters": 10, "gaussian": (1, 3.0), "bilateral": (67, 3, 4.0)},
+    # Yu and Koltun 2016 name no widths for the CRF after their dilated network: those of its
+    # authors' example.
+    "dilated": {"iters": 10, "gaussian": (3, 3.0), "bilateral": (80, 13, 10.0)},
     # Zheng et al. 2015; 5 iterations in training.
     "crfrnn": {
         "iters": 10,
@@ -63,13 +64,23 @@ class DenseCRF(nn.Module):
         clip: smallest probability that ``unary="probs"`` is clamped to.
         num_classes, label_confidence: for ``unary="labels"``: number of labels, and probability
             that a given label is right. A negative label means unknown, all labels alike.
-        trainable: whether the weights and the compatibility receive gradients.
+        tolerance: if positive, an image stops after the first update that changed all of its
+            beliefs by less than this; ``iters`` is then the most updates.
+        kernel: ``"const"``, or kernels with parameters, which ``trainable`` learns: ``"diag"``
+            holds a scale per feature (a width is then sigma / scale) and ``"full"`` a matrix.
+        rank, channels: spatial axes and image channels that the kernel parameters are for.
+        trainable: whether weights, compatibility and kernel parameters receive gradients.
 
     Shape:
         x: (N, L, \\*spatial) logits or probabilities, or (N, \\*spatial) labels; spatial is (H, W),
-        (W,) or (D, H, W). image: (N, C, \\*spatial), any dtype, 0..255. Returns probabilities
-        (N, L, \\*spatial), differentiable in x and in the parameters.
+        (W,) or (D, H, W). image: (N, C, \\*spatial), any dtype, 0..255. mask: (1 or N,
+        \\*spatial), true at valid pixels; the others take no part and keep the unary's
+        probabilities. Returns probabilities (N, L, \\*spatial), differentiable in x, in the
+        parameters and on the CPU in image.
     """
+
+    gaussian_kernel: Tensor | None
+    bilateral_kernel: Tensor | None
 
     def __init__(
         self,
@@ -84,6 +95,10 @@ class DenseCRF(nn.Module):
         clip: float = 1e-5,
         num_classes: int | None = None,
         label_confidence: float = 0.7,
+        tolerance: float = 0.0,
+        kernel: str = "const",
+        rank: int = 2,
+        channels: int = 3,
         trainable: bool = False,
     ) -> None:
         super().__init__()
@@ -105,7 +120,12 @@ class DenseCRF(nn.Module):
             raise ValueError(
                 f"DenseCRF: label_confidence must be between 0 and 1, got {label_confidence}"
             )
+        if not tolerance >= 0:
+            raise ValueError(f"DenseCRF: tolerance must be 0 or more, got {tolerance}")
+        if kernel not in KERNELS:
+            raise ValueError(f"DenseCRF: kernel must be one of {KERNELS}, got {kernel!r}")
         self.iters, self.unary, self.normalization = iters, unary, normalization
+        self.tolerance, self.kernel = tolerance, kernel
         self.start, self.clip = start, clip
         self.num_classes, self.label_confidence = num_classes, label_confidence
         gaussians = _terms("gaussian", gaussian, 2)
@@ -118,6 +138,13 @@ class DenseCRF(nn.Module):
         self.bilateral_weight = nn.Parameter(
             torch.tensor([float(w) for *_, w in bilaterals]), requires_grad=trainable
         )
+        for name, count, features in (
+            ("gaussian_kernel", len(gaussians), rank),
+            ("bilateral_kernel", len(bilaterals), rank + channels),
+        ):
+            identity = torch.ones(features) if kernel == "diag" else torch.eye(features)
+            parameter = nn.Parameter(identity.repeat(count, *[1] * identity.dim()), trainable)
+            self.register_parameter(name, None if kernel == "const" else parameter)
         self.compatibility = (
             None
             if compatibility is None
@@ -165,23 +192,69 @@ class DenseCRF(nn.Module):
     ) -> list[PairwiseTerm]:
         """The pairwise terms for images of this shape, with the dtype and device of ``like``."""
         terms = []
-        for sigma, weight in zip(self.gaussian_widths, self.gaussian_weight, strict=True):
-            lattice = gaussian_lattice(
-                spatial, sigma, self.normalization, dtype=like.dtype, device=like.device
-            )
-            terms.append(PairwiseTerm(lattice, self._compatibility(weight)))
-        for (xy, rgb), weight in zip(self.bilateral_widths, self.bilateral_weight, strict=True):
+        for k, (sigma, weight) in enumerate(
+            zip(self.gaussian_widths, self.gaussian_weight, strict=True)
+        ):
+            where: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+            compatibility = self._compatibility(weight)
+            if self.gaussian_kernel is None:
+                lattice = gaussian_lattice(spatial, sigma, self.normalization, **where)
+                terms.append(PairwiseTerm(lattice, compatibility))
+            else:
+                features = gaussian_features(spatial, sigma, **where)
+                kernel = self.gaussian_kernel[k]
+                terms.append(PairwiseTerm(features, compatibility, self.normalization, kernel))
+        for k, ((xy, rgb), weight) in enumerate(
+            zip(self.bilateral_widths, self.bilateral_weight, strict=True)
+        ):
             if image is None:
                 raise ValueError("DenseCRF: the bilateral term needs the image, got None")
             features = bilateral_features(image, xy, rgb).to(like)
-            terms.append(PairwiseTerm(features, self._compatibility(weight), self.normalization))
+            term = PairwiseTerm(features, self._compatibility(weight), self.normalization)
+            if self.bilateral_kernel is not None:
+                term.kernel = self.bilateral_kernel[k]
+            terms.append(term)
         return terms
 
     def _compatibility(self, weight: Tensor) -> Tensor:
         return weight if self.compatibility is None else weight * self.compatibility
 
-    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
-        # Soft-max ignores what log_softmax would add to each point.
+    def forward(self, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        energy, terms, start = self._problem(x, image)
+        return dense_crf(
+            energy,
+            terms,
+            iterations=self.iters,
+            start=start,
+            mask=mask,
+            tolerance=self.tolerance,
+        )
+
+    def steps(
+        self, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The beliefs before the first update and after each, without an end."""
+        energy, terms, start = self._problem(x, image)
+        if mask is None:
+            terms = [replace(term, features=term.lattice(), kernel=None) for term in terms]
+        q = dense_crf(energy, terms, iterations=0, start=start, mask=mask)
+        while True:
+            yield q
+            q = dense_crf(energy, terms, iterations=1, start=q, mask=mask)
+
+    def kl_divergence(
+        self, q: Tensor, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """What the updates lower, for beliefs ``q``: (N) float64, see
+        :func:`fastseg.ops.kl_divergence`."""
+        _, terms, _ = self._problem(x, image)
+        return kl_divergence(q, self.energies(x), terms, mask=mask)
+
+    def _problem(
+        self, x: Tensor, image: Tensor | None
+    ) -> tuple[Tensor, list[PairwiseTerm], Tensor | None]:
+        """Unary energies up to a constant of each point, which soft-max ignores, pairwise terms and
+        the beliefs to start from, None for the usual ones."""
         energy = -_as_float(x) if self.unary == "logits" else self.energies(x)
         spatial = energy.shape[2:]
         if image is not None and (
@@ -197,15 +270,13 @@ class DenseCRF(nn.Module):
         if self.start == "hard":
             best = energy.argmin(1, keepdim=True)
             start = torch.zeros_like(energy).scatter_(1, best, 1.0)
-        return dense_crf(
-            energy, self.terms(image, spatial, energy), iterations=self.iters, start=start
-        )
+        return energy, self.terms(image, spatial, energy), start
 
     def extra_repr(self) -> str:
         return (
             f"iters={self.iters}, gaussian={self.gaussian_widths}, "
             f"bilateral={self.bilateral_widths}, unary={self.unary!r}, "
-            f"normalization={self.normalization!r}"
+            f"normalization={self.normalization!r}, kernel={self.kernel!r}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.dense_crf import bilateral_features, gaussian_lattice
+from ..ops.gaussian_features import bilateral_features, gaussian_lattice
 from ..ops.permutohedral import PermutohedralLattice
 
 
@@ -25,7 +25,8 @@ class CRFRNN(nn.Module):
         weights: diagonals that Ws and Wb start from. M starts from the identity.
 
     Shapes: scores (N, L, H, W) and image (N, C, H, W), any dtype -> scores (N, L, H, W), whose
-    soft-max are the beliefs. Differentiable in the scores and in the three (L, L) matrices.
+    soft-max are the beliefs. Differentiable in the scores, in the three (L, L) matrices and, on the
+    CPU, in an image that requires a gradient.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class CRFRNN(nn.Module):
             return torch.empty_like(scores)
         u = scores.flatten(2)  # (N, L, H * W)
         u = u if u.dtype == torch.float64 else u.float()
-        features = bilateral_features(image.detach().to(u), *self.bilateral)
+        features = bilateral_features(image.to(u), *self.bilateral)
         kernels = (
             gaussian_lattice(size, self.gaussian, "after", dtype=u.dtype, device=u.device),
             PermutohedralLattice(features, "after"),

@@ -5,12 +5,11 @@ from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, pack_conv
 from .dense_crf import (
     PairwiseTerm,
-    bilateral_features,
     dense_crf,
     dense_crf_reference,
-    gaussian_features,
-    gaussian_lattice,
+    kl_divergence,
 )
+from .gaussian_features import bilateral_features, gaussian_features, gaussian_lattice
 from .gcn_conv import (
     PackedGlobalConv,
     global_conv2d,
@@ -53,6 +52,7 @@ __all__ = [
     "global_conv2d",
     "global_conv2d_packed",
     "global_conv2d_reference",
+    "kl_divergence",
     "max_pool2d",
     "max_unpool2d",
     "pack_conv",

@@ -6,14 +6,14 @@ NIPS 2011, and "Parameter Learning and Convergent Inference for Dense Random Fie
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .mean_field import Model, mean_field
 from .permutohedral import PermutohedralLattice, grid_shape
 
 
@@ -23,22 +23,51 @@ class PairwiseTerm:
 
     Args:
         features: (d, N), (1 or B, d, N) or (1 or B, d, \\*spatial), divided by the standard
-            deviations; or a :class:`PermutohedralLattice`, which brings its own normalisation.
+            deviations; or a :class:`PermutohedralLattice`, which brings its own normalisation and
+            has its kernel applied.
         compatibility: a number w is the Potts model: similar points with one label lower the
             energy by w. A vector (L) v and a matrix (L, L) W are energies that are *added* where
             similar points carry the labels, so the number w means the vector -w and the matrix
             -w I. A matrix is symmetrised.
         normalization: ``"symmetric"`` (default), ``"after"``, ``"before"`` or ``"none"``.
+        kernel: what the features are multiplied by before use: None (the authors' CONST kernel), a
+            vector (d) of scales (DIAG) or a matrix (d, d) (FULL). It may require a gradient.
     """
 
     features: Tensor | PermutohedralLattice
     compatibility: float | Tensor = 1.0
     normalization: str = "symmetric"
+    kernel: Tensor | None = None
 
     def lattice(self) -> PermutohedralLattice:
-        if isinstance(self.features, PermutohedralLattice):
-            return self.features
-        return PermutohedralLattice(self.features, self.normalization)
+        f, kernel = self.features, self.kernel
+        if isinstance(f, PermutohedralLattice):
+            if kernel is not None:
+                raise ValueError("dense_crf: a kernel needs the term's features, got their lattice")
+            return f
+        if kernel is not None:
+            f = f.unsqueeze(0) if f.dim() == 2 else f
+            d = f.shape[1]
+            if kernel.shape not in ((d,), (d, d)):
+                raise ValueError(
+                    f"dense_crf: kernel must be ({d},) or ({d}, {d}) for {d} features, "
+                    f"got {tuple(kernel.shape)}"
+                )
+            matrix, flat = kernel.to(f), f.flatten(2)
+            flat = matrix[:, None] * flat if matrix.dim() == 1 else matrix @ flat
+            f = flat.reshape(f.shape)
+        return PermutohedralLattice(f, self.normalization)
+
+    def at_points(self, points: Tensor, image: int | None = None) -> PairwiseTerm:
+        """The term for some of the points (their indices), of one image or of all."""
+        given, normalization = self.features, self.normalization
+        f = given.features if isinstance(given, PermutohedralLattice) else given
+        if isinstance(given, PermutohedralLattice):
+            normalization = given.normalization
+        f = f.unsqueeze(0) if f.dim() == 2 else f.flatten(2)
+        if image is not None and len(f) > 1:
+            f = f[image : image + 1]
+        return replace(self, features=f[..., points], normalization=normalization)
 
     def coefficients(self, unary: Tensor) -> Tensor:
         """Factors of the filtered beliefs in the message: (L), or a symmetric (L, L)."""
@@ -61,6 +90,8 @@ def dense_crf(
     *,
     iterations: int = 5,
     start: Tensor | None = None,
+    mask: Tensor | None = None,
+    tolerance: float = 0.0,
 ) -> Tensor:
     """Beliefs after mean-field updates; ``dense_crf_reference`` states the exact ones.
 
@@ -74,10 +105,15 @@ def dense_crf(
         terms: the pairwise terms; their features have the spatial shape of ``unary``.
         iterations: number of updates; 0 returns softmax(-unary).
         start: beliefs of the shape of ``unary`` to start from instead of softmax(-unary).
+        mask: (1 or B, \\*spatial), true at valid points. The others neither send nor receive, as
+            if they did not exist, and their features may be anything; they get softmax(-unary).
+        tolerance: if positive, an image stops after the first update that changed all of its
+            beliefs by less than this, and after ``iterations`` at the latest.
 
     Returns:
         Probabilities of the shape and dtype of ``unary``, the same bits for any number of threads.
-        Differentiable in ``unary``, ``start`` and the compatibilities.
+        Differentiable in ``unary``, ``start`` and the compatibilities, and on the CPU in features
+        and kernels.
 
     Raises:
         ValueError: shapes do not match, NaN or -inf in ``unary``, or features that a lattice cannot
@@ -91,6 +127,8 @@ def dense_crf(
         raise ValueError(f"dense_crf: unary must be floating point, got {unary.dtype}")
     if iterations < 0:
         raise ValueError(f"dense_crf: iterations must be 0 or more, got {iterations}")
+    if not tolerance >= 0:
+        raise ValueError(f"dense_crf: tolerance must be 0 or more, got {tolerance}")
     if start is not None and start.shape != unary.shape:
         raise ValueError(
             f"dense_crf: start must have the shape of unary {tuple(unary.shape)}, "
@@ -98,11 +136,68 @@ def dense_crf(
         )
     if unary.shape[1] < 1:
         raise ValueError("dense_crf: unary must have at least one label, got 0")
+    if mask is not None:
+        _check_mask("dense_crf", mask, unary)
     if unary.numel() == 0:
         return unary.clone()
-    dtype = unary.dtype if unary.dtype == torch.float64 else torch.float32
-    energy = unary.to(dtype)
-    height, width = grid_shape(unary.shape[2:])
+    energy = unary.to(_compute_dtype(unary))
+    start = None if start is None else start.to(energy.dtype)
+    if mask is None:
+        beliefs = _solve(energy, terms, iterations, start, tolerance)
+    else:
+        beliefs = _solve_masked(energy, terms, iterations, start, tolerance, mask)
+    return beliefs.to(unary.dtype)
+
+
+def kl_divergence(
+    beliefs: Tensor, unary: Tensor, terms: Sequence[PairwiseTerm], *, mask: Tensor | None = None
+) -> Tensor:
+    """The objective that mean field lowers, up to the partition function: (B) float64.
+
+    ``sum Q log Q + sum Q U - sum_m sum Q (C_m K_m Q)``, the pairwise part not halved, as in the
+    authors' code. Arguments as in :func:`dense_crf`; masked points do not count. Differentiable.
+    """
+    if beliefs.shape != unary.shape or unary.dim() < 3:
+        raise ValueError(
+            "kl_divergence: beliefs and unary must have one shape (B, L, *spatial), got "
+            f"{tuple(beliefs.shape)} and {tuple(unary.shape)}"
+        )
+    if mask is not None:
+        _check_mask("kl_divergence", mask, unary)
+        grid = grid_shape(unary.shape[2:])
+        parts = []
+        for image, one in enumerate(mask.expand(len(unary), *mask.shape[1:])):
+            points = _valid_points(one, *grid)
+            q, u = (t[image : image + 1].flatten(2)[..., points] for t in (beliefs, unary))
+            parts.append(kl_divergence(q, u, [t.at_points(points, image) for t in terms]))
+        return torch.cat(parts)
+    dtype = _compute_dtype(unary)
+    q, u = beliefs.flatten(2).to(dtype), unary.flatten(2).to(dtype)
+    if q.numel() == 0:
+        return q.new_zeros(len(q), dtype=torch.float64)
+    # A forbidden label costs nothing where it has no belief.
+    value = torch.where(q > 0, q * u, 0).double() + q.double() * q.double().clamp_min(1e-20).log()
+    for term in terms:
+        message, c = term.lattice().filter(q), term.coefficients(q)
+        message = c[:, None] * message if c.dim() == 1 else c @ message
+        value = value - (q * message).double()
+    return value.sum((1, 2))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _solve(
+    energy: Tensor,
+    terms: Sequence[PairwiseTerm],
+    iterations: int,
+    start: Tensor | None,
+    tolerance: float,
+) -> Tensor:
+    """dense_crf without a mask: all points of energy (B, L, \\*spatial) take part."""
+    height, width = grid_shape(energy.shape[2:])
+    features: list[Tensor] = []
     lattices: list[Tensor] = []
     counts: list[int] = []
     coefficients: list[Tensor] = []
@@ -113,124 +208,76 @@ def dense_crf(
                 f"dense_crf: features and unary must have one number of points, got "
                 f"{lattice.points} and {height * width}"
             )
-        if len(lattice.tensors) not in (1, unary.shape[0]):
+        if len(lattice.tensors) not in (1, energy.shape[0]):
             raise ValueError(
                 f"dense_crf: features and unary must have one batch size, got "
-                f"{len(lattice.tensors)} and {unary.shape[0]}"
+                f"{len(lattice.tensors)} and {energy.shape[0]}"
             )
-        if lattice.features.dtype != dtype:
+        if lattice.features.dtype != energy.dtype:
             raise ValueError(
-                f"dense_crf: features must be {dtype} like the energies, "
+                f"dense_crf: features must be {energy.dtype} like the energies, "
                 f"got {lattice.features.dtype}"
             )
+        features.append(lattice.features)
         lattices += lattice.tensors
         counts.append(len(lattice.tensors))
         coefficients.append(term.coefficients(energy).contiguous())
         height, width = lattice.height, lattice.width
-    beliefs = torch.ops.fastseg.dense_crf(
-        energy.flatten(2).contiguous(),
-        None if start is None else start.to(dtype).flatten(2).contiguous(),
-        lattices,
-        counts,
-        coefficients,
-        height,
-        width,
-        iterations,
-        False,
-    )
-    return beliefs.reshape(unary.shape).to(unary.dtype)
+    model = Model(features, lattices, counts, coefficients, height, width)
+    u = energy.flatten(2).contiguous()
+    q = None if start is None else start.flatten(2).contiguous()
+    beliefs = mean_field(u, q, model, iterations, tolerance)
+    return beliefs.reshape(energy.shape)
 
 
-def gaussian_features(
-    spatial: Sequence[int],
-    sigma: float | Sequence[float],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Positions divided by their standard deviations, (1, rank, \\*spatial), last axis first.
-
-    Args:
-        spatial: (W,), (H, W) or (D, H, W).
-        sigma: in pixels; one number, or one per axis in the order x, y, z.
-    """
-    sigmas = _positive("gaussian_features", "sigma", sigma, len(spatial))
-    axes = [
-        torch.arange(n, dtype=dtype, device=device) / s
-        for n, s in zip(reversed(spatial), sigmas, strict=True)
-    ]
-    return torch.stack(torch.meshgrid(*reversed(axes), indexing="ij")[::-1]).unsqueeze(0)
-
-
-def bilateral_features(
-    image: Tensor, sigma_xy: float | Sequence[float], sigma_rgb: float | Sequence[float]
-) -> Tensor:
-    """Positions and colours divided by their standard deviations, (B, rank + C, \\*spatial).
-
-    Args:
-        image: (B, C, \\*spatial), any dtype, on its own scale (0..255 for photographs).
-        sigma_xy: in pixels; one number, or one per axis in the order x, y, z.
-        sigma_rgb: in units of the image; one number, or one per channel.
-    """
-    if image.dim() < 3:
+def _check_mask(op: str, mask: Tensor, unary: Tensor) -> None:
+    batch, spatial = unary.shape[0], unary.shape[2:]
+    if mask.dtype != torch.bool or mask.shape[1:] != spatial or mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"bilateral_features: image must have shape (B, C, *spatial), got {tuple(image.shape)}"
+            f"{op}: mask must be boolean with shape (1 or {batch}, "
+            f"{', '.join(map(str, spatial))}), got {mask.dtype} {tuple(mask.shape)}"
         )
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    sigmas = _positive("bilateral_features", "sigma_rgb", sigma_rgb, image.shape[1])
-    colour = torch.tensor(sigmas, dtype=dtype, device=image.device)
-    position = gaussian_features(image.shape[2:], sigma_xy, dtype=dtype, device=image.device)
-    return torch.cat(
-        [
-            position.expand(image.shape[0], *position.shape[1:]),
-            image.to(dtype) / colour.view(1, -1, *[1] * (image.dim() - 2)),
-        ],
-        dim=1,
-    )
 
 
-def gaussian_lattice(
-    spatial: Sequence[int],
-    sigma: float | Sequence[float],
-    normalization: str = "symmetric",
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> PermutohedralLattice:
-    """The lattice of :func:`gaussian_features`; the latest few are kept, since they depend on the
-    shape alone."""
-    if torch.compiler.is_compiling():
-        features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
-        return PermutohedralLattice(features, normalization)
-    return _cached_lattice(
-        tuple(map(int, spatial)), _as_tuple(sigma), normalization, dtype, str(device)
-    )
+def _valid_points(mask: Tensor, height: int, width: int, block: int = 16) -> Tensor:
+    """Indices of the true points of one mask, block of pixels by block of pixels: neighbours in
+    this order share lattice vertices, as they do in the kernel's own tiles."""
+    index = torch.arange(height * width, device=mask.device)
+    index = torch.where(mask.flatten(), index, -1).view(1, 1, height, width)
+    index = F.pad(index, (0, -width % block, 0, -height % block), value=-1)[0, 0]
+    index = index.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2).flatten()
+    return index[index >= 0]
 
 
-def _as_tuple(sigma: float | Sequence[float]) -> float | tuple[float, ...]:
-    return tuple(map(float, sigma)) if isinstance(sigma, Sequence) else float(sigma)
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_lattice(
-    spatial: tuple[int, ...],
-    sigma: float | tuple[float, ...],
-    normalization: str,
-    dtype: torch.dtype,
-    device: str,
-) -> PermutohedralLattice:
-    with torch.inference_mode(False):
-        features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
-        return PermutohedralLattice(features, normalization)
-
-
-def _positive(op: str, name: str, sigma: float | Sequence[float], count: int) -> list[float]:
-    values = [float(s) for s in sigma] if isinstance(sigma, Sequence) else [float(sigma)] * count
-    if len(values) != count or not all(s > 0 and math.isfinite(s) for s in values):
-        raise ValueError(
-            f"{op}: {name} must be one positive number or {count} of them, got {sigma}"
-        )
-    return values
+def _solve_masked(
+    energy: Tensor,
+    terms: Sequence[PairwiseTerm],
+    iterations: int,
+    start: Tensor | None,
+    tolerance: float,
+    mask: Tensor,
+) -> Tensor:
+    """dense_crf of the valid points alone, put among softmax(-energy)."""
+    grid = grid_shape(energy.shape[2:])
+    u = energy.flatten(2)
+    q = None if start is None else start.flatten(2)
+    shared = len(mask) == 1
+    results = []
+    for image, one in enumerate(mask):
+        images = slice(None) if shared else slice(image, image + 1)
+        points = _valid_points(one, *grid)
+        beliefs = torch.softmax(-u[images], 1)
+        if len(points):
+            inside = _solve(
+                u[images][..., points],
+                [term.at_points(points, None if shared else image) for term in terms],
+                iterations,
+                None if q is None else q[images][..., points],
+                tolerance,
+            )
+            beliefs = beliefs.index_copy(2, points, inside)
+        results.append(beliefs)
+    return torch.cat(results).reshape(energy.shape)
 
 
 def dense_crf_reference(
@@ -263,92 +310,3 @@ def dense_crf_reference(
             logits = logits + (c[:, None] * message if c.dim() == 1 else c @ message)
         q = torch.softmax(logits, 0)
     return q
-
-
-@torch.library.register_fake("fastseg::dense_crf")
-def _(unary, start, lattices, lattice_counts, coefficients, height, width, iterations, point_major):
-    b, labels, n = unary.shape
-    return unary.new_empty(b, n, labels) if point_major else torch.empty_like(unary)
-
-
-def _setup(ctx, inputs, output):
-    unary, start, lattices, counts, coefficients, height, width, iterations, point_major = inputs
-    ctx.has_start = start is not None
-    ctx.save_for_backward(unary, output, *([] if start is None else [start]))
-    ctx.lattices, ctx.counts, ctx.coefficients = lattices, counts, coefficients
-    ctx.grid, ctx.iterations, ctx.point_major = (height, width), iterations, point_major
-
-
-def _backward(ctx, grad):
-    """Backpropagation through the unrolled updates.
-
-    The beliefs of about sqrt(iterations) steps are kept and the others computed again from them, so
-    memory does not grow with the number of updates times that of labels and points.
-    """
-    unary, output, *start = ctx.saved_tensors
-    terms = []
-    first = 0
-    for count, c in zip(ctx.counts, ctx.coefficients, strict=True):
-        terms.append((ctx.lattices[first : first + count], c))
-        first += count
-
-    def updates(beliefs: Tensor | None, steps: int) -> Tensor:
-        return torch.ops.fastseg.dense_crf(
-            unary, beliefs, ctx.lattices, ctx.counts, ctx.coefficients, *ctx.grid, steps, False
-        )
-
-    def softmax_adjoint(g: Tensor, q: Tensor) -> Tensor:
-        return q * (g - (g * q).sum(1, keepdim=True))
-
-    if ctx.point_major:
-        grad, output = grad.transpose(1, 2).contiguous(), output.transpose(1, 2).contiguous()
-    grad_unary = torch.zeros_like(unary)
-    grad_coefficients = [torch.zeros_like(c) for _, c in terms]
-    first_beliefs = start[0] if start else updates(None, 0)
-    segment = max(1, math.isqrt(ctx.iterations))
-    kept = [first_beliefs]
-    for _ in range(segment, ctx.iterations, segment):
-        kept.append(updates(kept[-1], segment))
-    after = output
-    step = ctx.iterations
-    while step > 0:
-        begin = (step - 1) // segment * segment
-        trajectory = [kept.pop()]
-        while len(trajectory) < step - begin:
-            trajectory.append(updates(trajectory[-1], 1))
-        while step > begin:
-            before = trajectory.pop()
-            grad = softmax_adjoint(grad, after)  # of the logits
-            grad_unary -= grad
-            grad_before = torch.zeros_like(grad)
-            for k, (lattices, c) in enumerate(terms):
-                filtered = torch.ops.fastseg.permutohedral_filter(before, lattices, False)
-                if c.dim() == 1:
-                    grad_coefficients[k] += (grad * filtered).sum((0, 2))
-                    message = c[:, None] * grad
-                else:
-                    grad_coefficients[k] += torch.einsum("bln,bmn->lm", grad, filtered)
-                    message = c.T @ grad
-                grad_before += torch.ops.fastseg.permutohedral_filter(
-                    message.contiguous(), lattices, True
-                )
-            grad, after, step = grad_before, before, step - 1
-    grad_start = None
-    if start:
-        grad_start = grad
-    else:
-        grad_unary -= softmax_adjoint(grad, after)
-    return (
-        grad_unary,
-        grad_start,
-        [None] * len(ctx.lattices),
-        None,
-        grad_coefficients,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-torch.library.register_autograd("fastseg::dense_crf", _backward, setup_context=_setup)

@@ -17,6 +17,7 @@ NORMALIZATIONS = ("none", "before", "after", "symmetric")
 MAX_FEATURES = 16
 _STORAGES = (None, torch.float16, torch.bfloat16)
 _HEADER = ("points", "features", "height", "width", "vertices", "extra_rows", "simplices")
+HALF_CHANNELS = 32
 
 
 class PermutohedralLattice:
@@ -30,6 +31,9 @@ class PermutohedralLattice:
         storage: on CUDA, float16 or bfloat16 holds the values of the vertices in 16 bits while
             float32 values are filtered; sums stay float32. None, and on the CPU: as they are.
             float16 overflows where more than 65504 add up in one vertex.
+
+    Features that require gradients get them from every filtering, through the normalisation too:
+    the derivative of the piecewise multilinear lattice operator, CPU only.
 
     Raises:
         ValueError: d or N out of range, NaN or infinite features, or features spread over more
@@ -135,7 +139,8 @@ def permutohedral_filter(
 
     Args:
         values: (C, N), (B, C, N) or (B, C, \\*spatial), any number of channels; float32 or float64
-            like the features; float16 and bfloat16 are computed in float32.
+            like the features; float16 and bfloat16 store values and result, 32 channels at a time
+            are computed in float32.
         features: (d, N), (1 or B, d, N) or (1 or B, d, \\*spatial), d = 1..16, divided by the
             standard deviations; or a :class:`PermutohedralLattice` to use again.
         normalization: ``"none"``, ``"before"``, ``"after"`` or ``"symmetric"``; a lattice keeps
@@ -143,8 +148,8 @@ def permutohedral_filter(
         transposed: apply the adjoint, which is the filter with its blur axes in reversed order.
 
     Returns:
-        The shape and dtype of ``values``. Differentiable in ``values``. The same bits for any
-        number of threads.
+        The shape and dtype of ``values``. Differentiable in ``values`` and, on the CPU, once in
+        ``features``. The same bits for any number of threads.
 
     Raises:
         ValueError: shapes do not match, or the features cannot be held by a lattice.
@@ -166,12 +171,22 @@ def permutohedral_filter(
             f"permutohedral_filter: values and features must have one batch size, got "
             f"{x.shape[0]} and {len(lattice.tensors)}"
         )
-    dtype = lattice.features.dtype
-    y = torch.ops.fastseg.permutohedral_filter(
-        x.flatten(2).to(dtype).contiguous(), lattice.tensors, transposed
-    )
-    y = y.to(values.dtype).reshape(x.shape)
+    y = _filter(x.flatten(2), lattice, transposed).reshape(x.shape)
     return y.squeeze(0) if unbatched else y
+
+
+def _filter(x: Tensor, lattice: PermutohedralLattice, transposed: bool) -> Tensor:
+    """The filter of values (B, C, N) of any floating-point dtype."""
+    f = lattice.features
+    if x.dtype in (torch.float16, torch.bfloat16) and x.shape[1] > HALF_CHANNELS:
+        # Only a group at a time is held in float32.
+        return torch.cat([_filter(g, lattice, transposed) for g in x.split(HALF_CHANNELS, 1)], 1)
+    values = x.to(f.dtype).contiguous()
+    if torch.is_grad_enabled() and f.requires_grad:
+        y = permutohedral_filter_at(values, f.contiguous(), lattice.tensors, transposed)
+    else:
+        y = torch.ops.fastseg.permutohedral_filter(values, lattice.tensors, transposed)
+    return y.to(x.dtype)
 
 
 def permutohedral_filter_reference(
@@ -264,3 +279,54 @@ def _backward_filter(ctx, grad):
 torch.library.register_autograd(
     "fastseg::permutohedral_filter", _backward_filter, setup_context=_setup_filter
 )
+
+
+@torch.library.custom_op("fastseg::permutohedral_filter_at", mutates_args=())
+def permutohedral_filter_at(
+    values: Tensor, features: Tensor, lattices: list[Tensor], transposed: bool
+) -> Tensor:
+    """permutohedral_filter as a function of the (1 or B, d, N) features of the lattices, too."""
+    return torch.ops.fastseg.permutohedral_filter(values, lattices, transposed)
+
+
+@permutohedral_filter_at.register_fake
+def _(values: Tensor, features: Tensor, lattices: list[Tensor], transposed: bool) -> Tensor:
+    return torch.empty_like(values)
+
+
+def feature_gradient(
+    features: Tensor, values: Tensor, grad: Tensor, lattices: list[Tensor], transposed: bool = False
+) -> Tensor:
+    """The gradient of <grad, K values> for the features, (1 or B, d, N)."""
+    if features.is_cuda:
+        raise ValueError(
+            "permutohedral_filter: gradients for the features are computed on the CPU only, "
+            "got features on CUDA: detach them or move the filter to the CPU"
+        )
+    if transposed:  # <grad, K^T values> = <values, K grad>
+        values, grad = grad, values
+    return torch.ops.fastseg.permutohedral_feature_gradient(features, values, grad, lattices)
+
+
+@torch.library.register_fake("fastseg::permutohedral_feature_gradient")
+def _(features: Tensor, values: Tensor, grad: Tensor, lattices: list[Tensor]) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _setup_filter_at(ctx, inputs, output):
+    values, features, ctx.lattices, ctx.transposed = inputs
+    ctx.save_for_backward(values, features)
+
+
+def _backward_filter_at(ctx, grad):
+    values, features = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_values = grad_features = None
+    if ctx.needs_input_grad[0]:
+        grad_values = torch.ops.fastseg.permutohedral_filter(grad, ctx.lattices, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        grad_features = feature_gradient(features, values, grad, ctx.lattices, ctx.transposed)
+    return grad_values, grad_features, [None] * len(ctx.lattices), None
+
+
+permutohedral_filter_at.register_autograd(_backward_filter_at, setup_context=_setup_filter_at)

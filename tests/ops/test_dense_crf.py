@@ -16,6 +16,7 @@ from fastseg.ops import (
     dense_crf,
     dense_crf_reference,
     gaussian_features,
+    kl_divergence,
     permutohedral_filter,
 )
 
@@ -280,3 +281,219 @@ def test_bad_input():
         dense_crf(unary.long(), [])
     with pytest.raises(ValueError, match="must be one of"):
         DenseCRF.from_preset("best")
+
+
+def float64_problem(points: int = 20, batch: int = 2, labels: int = 3):
+    """Energies, features of two terms and their kernels, at random points."""
+    options = {"dtype": torch.float64}
+    return (
+        torch.randn(batch, labels, points, **options),
+        torch.randn(1, 2, points, **options),
+        torch.randn(batch, 3, points, **options),
+        torch.eye(2, **options) + 0.1 * torch.randn(2, 2, **options),
+        torch.tensor([1.1, 0.9, 1.2], **options),
+        torch.tensor(0.7, **options),
+        torch.randn(labels, labels, **options) / 3,
+    )
+
+
+def run_problem(u, f1, f2, full, diagonal, weight, matrix, normalizations, **options):
+    terms = [
+        PairwiseTerm(f1, weight, normalizations[0], full),
+        PairwiseTerm(f2, matrix, normalizations[1], diagonal),
+    ]
+    return dense_crf(u, terms, iterations=5, **options)
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("normalizations", [("symmetric", "after"), ("before", "none")])
+@pytest.mark.parametrize("option", ["plain", "mask", "tolerance", "start"])
+def test_gradient_for_features_and_kernels(normalizations, option, threads):
+    threads(1)
+    inputs = float64_problem()
+    options = {
+        "plain": {},
+        "mask": {"mask": torch.rand(2, 20) > 0.3},
+        "tolerance": {"tolerance": 1e-2},
+        "start": {"start": torch.softmax(torch.randn_like(inputs[0]), 1)},
+    }[option]
+
+    def run(*tensors):
+        return run_problem(*tensors, normalizations, **options)
+
+    variables = [t.requires_grad_() for t in inputs]
+    assert gradcheck(run, variables, eps=1e-7, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("which", [0, 1])
+def test_kernel_gradient_against_exact_kernels(which, threads):
+    """Integrated over a range of widths, the gradient is the change of the exact mean field, but
+    for the lattice's error. At single widths it is that of a piecewise function, and rougher."""
+    threads(1)
+    unary, image = scene(24, 32, 3, dtype=torch.float64)
+    features = [gaussian_features((24, 32), 3.0), bilateral_features(image.float(), 20.0, 40.0)]
+    features = [f.double() for f in features]
+    weights = (1.0, 2.0)
+    target = torch.softmax(-unary, 1).roll(3, 2)
+
+    def exact(scale):
+        scaled = [f[0].flatten(1) * (scale if k == which else 1) for k, f in enumerate(features)]
+        factors = [torch.full((3,), w, dtype=torch.float64) for w in weights]
+        q = dense_crf_reference(unary[0].flatten(1), scaled, factors, 3, "after")
+        return (q * target[0].flatten(1)).sum().item()
+
+    def gradient(scale):
+        kernel = torch.full((features[which].shape[1],), scale, dtype=torch.float64)
+        kernel.requires_grad_()
+        terms = [PairwiseTerm(f, w, "after") for f, w in zip(features, weights, strict=True)]
+        terms[which].kernel = kernel
+        (dense_crf(unary, terms, iterations=3) * target).sum().backward()
+        return kernel.grad.sum().item() / scale
+
+    steps = torch.linspace(0.6, 1.4, 17, dtype=torch.float64)
+    integral = torch.trapezoid(torch.tensor([gradient(s.item()) for s in steps]), steps).item()
+    assert integral == pytest.approx(exact(1.4) - exact(0.6), rel=0.25)
+
+
+@pytest.mark.usefixtures("not_emulated")
+def test_feature_gradient_operator():
+    unary, image = scene(8, 9, 3)
+    features = bilateral_features(image, 3.0, 30.0).flatten(2).requires_grad_()
+    lattice = PermutohedralLattice(features.unflatten(2, (8, 9)), "symmetric")
+    unary = unary.flatten(2).requires_grad_()
+    arguments = (unary, None, [features], lattice.tensors, [1], [torch.ones(3)], 8, 9, 2)
+    opcheck(torch.ops.fastseg.dense_crf_at.default, arguments)
+
+
+def test_kernels_scale_the_features():
+    unary, image = scene()
+    f = bilateral_features(image, 20.0, 20.0)
+    scales = torch.tensor([0.5, 0.5, 2.0, 1.0, 1.0])
+    wanted = dense_crf(unary, [PairwiseTerm(f * scales.view(1, 5, 1, 1), 2.0)])
+    assert torch.equal(dense_crf(unary, [PairwiseTerm(f, 2.0, kernel=scales)]), wanted)
+    full = dense_crf(unary, [PairwiseTerm(f, 2.0, kernel=scales.diag())])
+    torch.testing.assert_close(full, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"kernel must be \(5,\) or \(5, 5\)"):
+        dense_crf(unary, [PairwiseTerm(f, kernel=torch.ones(3))])
+    with pytest.raises(ValueError, match="a kernel needs the term's features"):
+        dense_crf(unary, [PairwiseTerm(PermutohedralLattice(f), kernel=scales)])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("normalization", ["none", "before", "after", "symmetric"])
+def test_mask_equals_running_the_valid_points_alone(normalization, shared):
+    unary, image = scene(25, 39, 4, batch=2)
+    mask = torch.rand(1 if shared else 2, 25, 39) > 0.4
+    weight = 0.02 if normalization == "none" else 2.0
+    f = torch.where(mask[:, None], bilateral_features(image, 20.0, 20.0), math.nan)
+    spatial = PermutohedralLattice(gaussian_features((25, 39), 3.0), normalization)
+    terms = [PairwiseTerm(spatial, weight), PairwiseTerm(f, 2 * weight, normalization)]
+    q = dense_crf(unary, terms, iterations=4, mask=mask)
+    for b in range(2):
+        valid = mask[0 if shared else b].flatten()
+        few = [
+            PairwiseTerm(spatial.features[:, :, valid], weight, normalization),
+            PairwiseTerm(f[b].flatten(1)[:, valid], 2 * weight, normalization),
+        ]
+        alone = dense_crf(unary[b : b + 1].flatten(2)[..., valid], few, iterations=4)
+        inside = q[b].flatten(1)[:, valid]
+        torch.testing.assert_close(inside, alone[0], rtol=0, atol=2e-5)
+        outside = torch.softmax(-unary[b].flatten(1)[:, ~valid], 0)
+        torch.testing.assert_close(q[b].flatten(1)[:, ~valid], outside)
+
+
+def test_mask_of_a_region_and_extremes():
+    unary, image = scene(32, 32, 3)
+    crf = DenseCRF(iters=3)
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    torch.testing.assert_close(crf(-unary, image, mask), torch.softmax(-unary, 1))
+    everywhere = torch.ones_like(mask)
+    torch.testing.assert_close(
+        crf(-unary, image, everywhere), crf(-unary, image), rtol=0, atol=2e-5
+    )
+    mask[:, 5:20, 3:30] = True
+    part = crf(-unary, image, mask)[:, :, 5:20, 3:30]
+    # A crop has other coordinates, and so another place in the lattice: the method's own spread.
+    cropped = crf(-unary[:, :, 5:20, 3:30], image[:, :, 5:20, 3:30])
+    assert (part - cropped).abs().mean() < 5e-3
+    for bad in (mask.float(), mask[:, 1:], mask.expand(3, -1, -1)):
+        with pytest.raises(ValueError, match="mask must be boolean with shape"):
+            crf(-unary, image, bad)
+
+
+@pytest.mark.usefixtures("not_emulated")
+def test_masked_points_receive_no_gradient():
+    unary, image = scene(12, 13, 3)
+    mask = torch.rand(1, 12, 13) > 0.3
+    image = torch.where(mask[:, None], image, math.nan).requires_grad_()
+    crf = DenseCRF(iters=3, kernel="diag", trainable=True)
+    crf(-unary, image, mask)[:, 1].sum().backward()
+    assert image.grad.isfinite().all()
+    assert image.grad[:, :, ~mask[0]].abs().max() == 0
+    assert image.grad[:, :, mask[0]].abs().sum() > 0
+    for parameter in crf.parameters():
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_tolerance_stops_each_image_by_itself():
+    unary, image = scene(batch=3)
+    crf = DenseCRF(iters=60, gaussian=(3, 1.0), bilateral=(20, 13, 1.0), tolerance=1e-3)
+    q = crf(-unary, image)
+    for b in range(3):
+        one, photo = unary[b : b + 1], image[b : b + 1]
+        assert torch.equal(crf(-one, photo), q[b : b + 1])
+        steps = crf.steps(-one, photo)
+        before, after, count = next(steps), next(steps), 1
+        while (after - before).abs().max() >= 1e-3:
+            before, after, count = after, next(steps), count + 1
+        assert 2 < count < 60
+        assert torch.equal(after, q[b : b + 1])
+    with pytest.raises(ValueError, match="tolerance must be 0 or more, got -1"):
+        DenseCRF(tolerance=-1.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_and_objective(masked):
+    unary, image = scene(17, 21, 3, batch=2)
+    mask = torch.rand(2, 17, 21) > 0.3 if masked else None
+    crf = DenseCRF(iters=4, gaussian=(3, 1.0), bilateral=(20, 13, 2.0))
+    steps = crf.steps(-unary, image, mask)
+    beliefs = [next(steps) for _ in range(5)]
+    torch.testing.assert_close(beliefs[0], torch.softmax(-unary, 1))
+    torch.testing.assert_close(beliefs[4], crf(-unary, image, mask), rtol=1e-4, atol=1e-6)
+    objective = torch.stack([crf.kl_divergence(q, -unary, image, mask) for q in beliefs])
+    assert objective.shape == (5, 2)
+    assert (objective.diff(dim=0) < 0).all()
+
+
+def test_objective_by_hand():
+    """A kernel that is one number for all points, and a forbidden label that has no belief."""
+    unary, _ = scene(6, 7, 3, dtype=torch.float64)
+    unary[:, 2] = math.inf
+    term = PairwiseTerm(torch.zeros(1, 42, dtype=torch.float64), 2.0, "after")
+    q = dense_crf(unary, [term], iterations=1)
+    flat = q[0, :2].flatten(1)
+    energy = (flat * flat.log() + flat * unary[0, :2].flatten(1)).sum()
+    expected = energy - 2 * (flat.mean(1) * flat.sum(1)).sum()
+    torch.testing.assert_close(kl_divergence(q, unary, [term]), expected[None])
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("kernel", ["diag", "full"])
+def test_layer_learns_kernels(kernel):
+    unary, image = scene(24, 32, 3)
+    plain, crf = DenseCRF(iters=3), DenseCRF(iters=3, kernel=kernel, trainable=True)
+    torch.testing.assert_close(crf(-unary, image), plain(-unary, image), rtol=0, atol=1e-4)
+    assert crf.bilateral_kernel.shape == ((1, 5) if kernel == "diag" else (1, 5, 5))
+    target = torch.softmax(-unary, 1)[:, 1]
+    losses = []
+    optimizer = torch.optim.SGD([crf.gaussian_kernel, crf.bilateral_kernel], 1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (crf(-unary, image)[:, 1] - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -198,3 +198,74 @@ def test_storage_must_be_of_16_bits():
         PermutohedralLattice(torch.rand(1, 3, 200), storage=torch.float32)
     with pytest.raises(ValueError, match=r"for torch\.float64"):
         PermutohedralLattice(torch.rand(1, 3, 200).double(), storage=torch.float16)
+
+
+def weighted_sum(features, values, weights, **options):
+    return (permutohedral_filter(values, features, **options) * weights).sum()
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("normalization", ["none", "before", "after", "symmetric"])
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 9, 16])
+def test_feature_gradient(d, normalization, cpu_isa):
+    """Against central differences in float64; random points lie away from simplex faces."""
+    features = torch.stack([points(d, 40, 0.8, torch.float64) for _ in range(2)])
+    values, weights = torch.randn(2, 2, 35, 40, dtype=torch.float64)  # more than 32 channels
+    for transposed in (False, True):
+        options = {"normalization": normalization, "transposed": transposed}
+        f = features.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(weighted_sum(f, values, weights, **options), f)
+        for _ in range(4):
+            direction = torch.randn_like(f)
+            ends = [features + s * 1e-6 * direction for s in (1, -1)]
+            above, below = (weighted_sum(f, values, weights, **options) for f in ends)
+            expected = (above - below).item() / 2e-6
+            assert (gradient * direction).sum().item() == pytest.approx(
+                expected, rel=1e-5, abs=1e-4
+            )
+
+
+@pytest.mark.usefixtures("not_emulated")
+def test_feature_gradient_of_a_shared_lattice_and_in_float32(threads):
+    features = torch.cat([gaussian_features((19, 23), 3.0), torch.rand(1, 2, 19, 23) * 3], 1)
+    values, weights = torch.randn(2, 3, 5, 19, 23)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        for count in (1, 2):
+            threads(count)
+            f = features.detach().clone().to(dtype).requires_grad_()
+            weighted_sum(f, values.to(dtype), weights.to(dtype), normalization="after").backward()
+            gradients.append(f.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    size = gradients[2].abs().max().item()
+    torch.testing.assert_close(gradients[0].double(), gradients[2], rtol=0, atol=1e-5 * size)
+    one = features.detach().double().requires_grad_()
+    weighted_sum(
+        one.expand(3, -1, -1, -1), values.double(), weights.double(), normalization="after"
+    ).backward()
+    torch.testing.assert_close(one.grad, gradients[2])
+
+
+@pytest.mark.usefixtures("not_emulated")
+def test_feature_gradient_operators():
+    features = points(3, 40, 1.0)[None].requires_grad_()
+    lattice = PermutohedralLattice(features, "symmetric")
+    values = torch.randn(1, 2, 40, requires_grad=True)
+    opcheck(
+        torch.ops.fastseg.permutohedral_filter_at.default,
+        (values, features, lattice.tensors, False),
+    )
+    detached = (features.detach(), values.detach(), values.detach(), lattice.tensors)
+    opcheck(torch.ops.fastseg.permutohedral_feature_gradient.default, detached)
+    with pytest.raises(ValueError, match="lattices must be those of the features"):
+        torch.ops.fastseg.permutohedral_feature_gradient(
+            torch.zeros(1, 2, 40), values.detach(), values.detach(), lattice.tensors
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_values_are_rounded_once(dtype):
+    """Values and result are stored in half precision; sums are float32, for any channel count."""
+    features, values = points(3, 300, 1.0), torch.randn(2, 70, 300).to(dtype)
+    y = permutohedral_filter(values, features)
+    assert torch.equal(y, permutohedral_filter(values.float(), features).to(dtype))

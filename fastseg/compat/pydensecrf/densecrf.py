@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...ops.dense_crf import PairwiseTerm, gaussian_lattice
+from ...ops.dense_crf import PairwiseTerm
+from ...ops.gaussian_features import gaussian_lattice
 from ...ops.permutohedral import NORMALIZATIONS, PermutohedralLattice
 from .eigen import MatrixXf, typed_array
 

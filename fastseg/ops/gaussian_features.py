@@ -1,0 +1,106 @@
+"""Features whose Gaussian is that of positions, or of positions and colours, in an image."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .permutohedral import PermutohedralLattice
+
+
+def gaussian_features(
+    spatial: Sequence[int],
+    sigma: float | Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Positions divided by their standard deviations, (1, rank, \\*spatial), last axis first.
+
+    Args:
+        spatial: (W,), (H, W) or (D, H, W).
+        sigma: in pixels; one number, or one per axis in the order x, y, z.
+    """
+    sigmas = _positive("gaussian_features", "sigma", sigma, len(spatial))
+    axes = [
+        torch.arange(n, dtype=dtype, device=device) / s
+        for n, s in zip(reversed(spatial), sigmas, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*reversed(axes), indexing="ij")[::-1]).unsqueeze(0)
+
+
+def bilateral_features(
+    image: Tensor, sigma_xy: float | Sequence[float], sigma_rgb: float | Sequence[float]
+) -> Tensor:
+    """Positions and colours divided by their standard deviations, (B, rank + C, \\*spatial).
+
+    Args:
+        image: (B, C, \\*spatial), any dtype, on its own scale (0..255 for photographs).
+        sigma_xy: in pixels; one number, or one per axis in the order x, y, z.
+        sigma_rgb: in units of the image; one number, or one per channel.
+
+    Differentiable in ``image`` where that is floating point.
+    """
+    if image.dim() < 3:
+        raise ValueError(
+            f"bilateral_features: image must have shape (B, C, *spatial), got {tuple(image.shape)}"
+        )
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    sigmas = _positive("bilateral_features", "sigma_rgb", sigma_rgb, image.shape[1])
+    colour = torch.tensor(sigmas, dtype=dtype, device=image.device)
+    position = gaussian_features(image.shape[2:], sigma_xy, dtype=dtype, device=image.device)
+    return torch.cat(
+        [
+            position.expand(image.shape[0], *position.shape[1:]),
+            image.to(dtype) / colour.view(1, -1, *[1] * (image.dim() - 2)),
+        ],
+        dim=1,
+    )
+
+
+def gaussian_lattice(
+    spatial: Sequence[int],
+    sigma: float | Sequence[float],
+    normalization: str = "symmetric",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PermutohedralLattice:
+    """The lattice of :func:`gaussian_features`; the latest few are kept, since they depend on the
+    shape alone."""
+    if torch.compiler.is_compiling():
+        features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
+        return PermutohedralLattice(features, normalization)
+    return _cached_lattice(
+        tuple(map(int, spatial)), _as_tuple(sigma), normalization, dtype, str(device)
+    )
+
+
+def _as_tuple(sigma: float | Sequence[float]) -> float | tuple[float, ...]:
+    return tuple(map(float, sigma)) if isinstance(sigma, Sequence) else float(sigma)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_lattice(
+    spatial: tuple[int, ...],
+    sigma: float | tuple[float, ...],
+    normalization: str,
+    dtype: torch.dtype,
+    device: str,
+) -> PermutohedralLattice:
+    with torch.inference_mode(False):
+        features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
+        return PermutohedralLattice(features, normalization)
+
+
+def _positive(op: str, name: str, sigma: float | Sequence[float], count: int) -> list[float]:
+    values = [float(s) for s in sigma] if isinstance(sigma, Sequence) else [float(sigma)] * count
+    if len(values) != count or not all(s > 0 and math.isfinite(s) for s in values):
+        raise ValueError(
+            f"{op}: {name} must be one positive number or {count} of them, got {sigma}"
+        )
+    return values

@@ -1,0 +1,247 @@
+"""The kernel of :func:`fastseg.ops.dense_crf` as torch operators: fake kernel and gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .permutohedral import feature_gradient
+
+
+@dataclass
+class Model:
+    """What the terms of a CRF are to the kernel; one entry each per term but for the lattices."""
+
+    features: list[Tensor]  # (1 or B, d, N), those of the lattices
+    lattices: list[Tensor]  # `counts` of them per term, 1 or B
+    counts: list[int]
+    coefficients: list[Tensor]  # (L) or (L, L)
+    height: int  # of the grid of points that the lattices were built for
+    width: int
+
+    def of_image(self, image: int) -> Model:
+        features, lattices, first = [], [], 0
+        for f, count in zip(self.features, self.counts, strict=True):
+            at = image if count > 1 else 0
+            features.append(f[at : at + 1])
+            lattices.append(self.lattices[first + at])
+            first += count
+        ones = [1] * len(features)
+        return Model(features, lattices, ones, self.coefficients, self.height, self.width)
+
+
+def mean_field(
+    unary: Tensor, start: Tensor | None, model: Model, iterations: int, tolerance: float = 0.0
+) -> Tensor:
+    """fastseg::dense_crf for unary (B, L, N); differentiable in the features, too. A positive
+    tolerance ends an image's updates early, see :func:`fastseg.ops.dense_crf`."""
+    if tolerance > 0:
+        return _until_still(unary, start, model, iterations, tolerance)
+    m = model
+    if torch.is_grad_enabled() and any(f.requires_grad for f in m.features):
+        features = [f.contiguous() for f in m.features]
+        return dense_crf_at(
+            unary,
+            start,
+            features,
+            m.lattices,
+            m.counts,
+            m.coefficients,
+            m.height,
+            m.width,
+            iterations,
+        )
+    return torch.ops.fastseg.dense_crf(
+        unary, start, m.lattices, m.counts, m.coefficients, m.height, m.width, iterations, False
+    )
+
+
+def _until_still(
+    unary: Tensor, start: Tensor | None, model: Model, iterations: int, tolerance: float
+) -> Tensor:
+    """Image by image, since each has its own number of updates."""
+    results = []
+    for image in range(len(unary)):
+        one, u = model.of_image(image), unary[image : image + 1]
+        first = None if start is None else start[image : image + 1]
+        with torch.no_grad():
+            steps, still = 0, False
+            q = mean_field(u, None, one, 0) if first is None else first
+            while steps < iterations and not still:
+                before, q = q, mean_field(u, q, one, 1)
+                still = bool((q - before).abs_().max() < tolerance)
+                steps += 1
+        inputs = [u, *one.coefficients, *one.features] + ([] if first is None else [first])
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            q = mean_field(u, first, one, steps)  # again, for the gradient of so many updates
+        results.append(q)
+    return torch.cat(results)
+
+
+# fastseg::dense_crf as a function of the lattices' features, too.
+@torch.library.custom_op("fastseg::dense_crf_at", mutates_args=())
+def dense_crf_at(
+    unary: Tensor,
+    start: Tensor | None,
+    features: list[Tensor],
+    lattices: list[Tensor],
+    counts: list[int],
+    coefficients: list[Tensor],
+    height: int,
+    width: int,
+    iterations: int,
+) -> Tensor:
+    return torch.ops.fastseg.dense_crf(
+        unary, start, lattices, counts, coefficients, height, width, iterations, False
+    )
+
+
+@dense_crf_at.register_fake
+def _(unary, start, features, lattices, counts, coefficients, height, width, iterations):
+    return torch.empty_like(unary)
+
+
+@torch.library.register_fake("fastseg::dense_crf")
+def _(unary, start, lattices, counts, coefficients, height, width, iterations, point_major):
+    b, labels, n = unary.shape
+    return unary.new_empty(b, n, labels) if point_major else torch.empty_like(unary)
+
+
+def _unrolled_gradient(
+    unary: Tensor,
+    start: Tensor | None,
+    output: Tensor,
+    grad: Tensor,
+    features: list[Tensor | None],
+    lattices: list[Tensor],
+    counts: list[int],
+    coefficients: list[Tensor],
+    grid: tuple[int, int],
+    iterations: int,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor]]:
+    """Backpropagation through the unrolled updates: the gradients for unary, start, each term's
+    features (None for those that are None) and coefficients.
+
+    The beliefs of about sqrt(iterations) steps are kept and the others computed again from them, so
+    memory does not grow with the number of updates times that of labels and points.
+    """
+    terms = []
+    first = 0
+    for count, c in zip(counts, coefficients, strict=True):
+        terms.append((lattices[first : first + count], c))
+        first += count
+
+    def updates(beliefs: Tensor | None, steps: int) -> Tensor:
+        return torch.ops.fastseg.dense_crf(
+            unary, beliefs, lattices, counts, coefficients, *grid, steps, False
+        )
+
+    def softmax_adjoint(g: Tensor, q: Tensor) -> Tensor:
+        return q * (g - (g * q).sum(1, keepdim=True))
+
+    grad_start = None
+    grad_unary = torch.zeros_like(unary)
+    grad_coefficients = [torch.zeros_like(c) for c in coefficients]
+    grad_features = {k: torch.zeros_like(f) for k, f in enumerate(features) if f is not None}
+    segment = max(1, math.isqrt(iterations))
+    kept = [updates(None, 0) if start is None else start]
+    for _ in range(segment, iterations, segment):
+        kept.append(updates(kept[-1], segment))
+    after = output
+    step = iterations
+    while step > 0:
+        begin = (step - 1) // segment * segment
+        trajectory = [kept.pop()]
+        while len(trajectory) < step - begin:
+            trajectory.append(updates(trajectory[-1], 1))
+        while step > begin:
+            before = trajectory.pop()
+            grad = softmax_adjoint(grad, after)  # of the logits
+            grad_unary -= grad
+            grad_before = torch.zeros_like(grad)
+            for k, (tensors, c) in enumerate(terms):
+                filtered = torch.ops.fastseg.permutohedral_filter(before, tensors, False)
+                if c.dim() == 1:
+                    grad_coefficients[k] += (grad * filtered).sum((0, 2))
+                    message = c[:, None] * grad
+                else:
+                    grad_coefficients[k] += torch.einsum("bln,bmn->lm", grad, filtered)
+                    message = c.T @ grad
+                message = message.contiguous()
+                grad_before += torch.ops.fastseg.permutohedral_filter(message, tensors, True)
+                f = features[k]
+                if f is not None:
+                    grad_features[k] += feature_gradient(f, before, message, tensors)
+            grad, after, step = grad_before, before, step - 1
+    if start is not None:
+        grad_start = grad
+    else:
+        grad_unary -= softmax_adjoint(grad, after)
+    return (
+        grad_unary,
+        grad_start,
+        [grad_features.get(k) for k in range(len(terms))],
+        grad_coefficients,
+    )
+
+
+def _setup(ctx, inputs, output):
+    unary, start, lattices, counts, coefficients, height, width, iterations, point_major = inputs
+    ctx.save_for_backward(unary, start, output)
+    ctx.point_major = point_major
+    ctx.model = lattices, counts, coefficients, (height, width), iterations
+
+
+def _backward(ctx, grad):
+    unary, start, output = ctx.saved_tensors
+    if ctx.point_major:
+        grad, output = grad.transpose(1, 2).contiguous(), output.transpose(1, 2).contiguous()
+    lattices, _, coefficients, *_ = ctx.model
+    grad_unary, grad_start, _, grad_coefficients = _unrolled_gradient(
+        unary, start, output, grad, [None] * len(coefficients), *ctx.model
+    )
+    return (
+        grad_unary,
+        grad_start,
+        [None] * len(lattices),
+        None,
+        grad_coefficients,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _setup_at(ctx, inputs, output):
+    unary, start, features, lattices, counts, coefficients, height, width, iterations = inputs
+    ctx.save_for_backward(unary, start, output, *features)
+    ctx.model = lattices, counts, coefficients, (height, width), iterations
+
+
+def _backward_at(ctx, grad):
+    unary, start, output, *features = ctx.saved_tensors
+    wanted = [
+        f if needed else None for f, needed in zip(features, ctx.needs_input_grad[2], strict=True)
+    ]
+    grad_unary, grad_start, grad_features, grad_coefficients = _unrolled_gradient(
+        unary, start, output, grad, wanted, *ctx.model
+    )
+    return (
+        grad_unary,
+        grad_start,
+        grad_features,
+        [None] * len(ctx.model[0]),
+        None,
+        grad_coefficients,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("fastseg::dense_crf", _backward, setup_context=_setup)
+dense_crf_at.register_autograd(_backward_at, setup_context=_setup_at)
