@@ -1,5 +1,9 @@
 """fastseg.compat.pydensecrf: names, results, buffers and errors of pydensecrf."""
 
+import multiprocessing
+import os
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -201,12 +205,58 @@ def test_bad_unary(unary, change, error, message):
         ({"sxy": 0}, ValueError, "must be positive"),
         ({"srgb": (1, -1, 1)}, ValueError, "must be positive"),
         ({"normalization": 4}, ValueError, "not a valid NormalizationType"),
+        ({"normalization": None}, TypeError, "an integer is required"),
+        ({"kernel": "full"}, TypeError, "an integer is required"),
+        ({"srgb": (3, 3)}, IndexError, "one standard deviation or 3"),
+        ({"sxy": "3"}, IndexError, "one standard deviation or 2"),
+        ({"rgbim": np.zeros((H, W, 3), np.uint8)[:, ::-1]}, ValueError, "not C-contiguous"),
+        ({"rgbim": None}, TypeError, "Argument 'rgbim' must not be None"),
     ],
 )
 def test_bad_bilateral(image, arguments, error, message):
     d = dcrf.DenseCRF2D(W, H, L)
     with pytest.raises(error, match=message):
         d.addPairwiseBilateral(**{"sxy": 3, "srgb": 3, "rgbim": image, "compat": 3, **arguments})
+
+
+def test_bad_arguments(unary, image):
+    d = crf_2d(unary, image)
+    q = d.inference(1)
+    for bad in (None, 1, [[0.0]]):
+        with pytest.raises(TypeError):
+            d.klDivergence(bad)
+        with pytest.raises(TypeError):
+            d.stepInference(bad, q, q)
+    with pytest.raises(TypeError, match="an integer is required, got str"):
+        d.inference("3")
+    with pytest.raises(TypeError, match="an integer is required, got str"):
+        dcrf.DenseCRF("5", 2)
+    with pytest.raises(ValueError, match="needs points and labels, got 0 and 2"):
+        dcrf.DenseCRF(0, 2)
+    with pytest.raises(TypeError, match="cannot pickle 'DenseCRF2D' object"):
+        pickle.dumps(d)
+    np.testing.assert_array_equal(np.array(d.inference(2.9)), np.array(d.inference(2)))
+    np.testing.assert_array_equal(np.array(d.inference(-3)), np.array(d.inference(0)))
+
+
+def refine(unary):
+    d = dcrf.DenseCRF2D(300, 200, len(unary))
+    d.setUnaryEnergy(unary)
+    d.addPairwiseGaussian(sxy=3, compat=3)
+    return np.array(d.inference(5))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_forked_workers(threads):
+    """Scripts map inference over a pool of forked processes, also after use in the parent."""
+    threads(2)
+    unary = np.random.RandomState(0).rand(5, 200 * 300).astype(np.float32)
+    expected = refine(unary)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = pool.map_async(refine, [unary] * 3).get(timeout=60)
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_bad_eigen_and_features():

@@ -70,7 +70,7 @@ class DenseCRF:
 
     def __new__(cls, nvar: int, nlabels: int, *_: Any, **__: Any) -> DenseCRF:
         self = super().__new__(cls)
-        self._setup(int(nvar), int(nlabels))
+        self._setup(_integer(nvar), _integer(nlabels))
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -83,6 +83,9 @@ class DenseCRF:
         self._grid = None
         self._energy: np.ndarray | None = None
         self._terms: list[PairwiseTerm] = []
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")
 
     def setUnary(self, u: Unary) -> None:
         if not isinstance(u, Unary):
@@ -152,7 +155,7 @@ class DenseCRF:
         return torch.from_numpy(values.copy())
 
     def inference(self, niter: int) -> MatrixXf:
-        return self._beliefs(max(0, int(niter)), None)
+        return self._beliefs(max(0, _integer(niter)), None)
 
     def startInference(self) -> tuple[MatrixXf, MatrixXf, MatrixXf]:
         if self._energy is None:
@@ -178,8 +181,10 @@ class DenseCRF:
             kl -= (q * (c[:, None] * message if c.dim() == 1 else c @ message)).double().sum()
         return kl.item()
 
-    def _matrix(self, Q: MatrixXf) -> np.ndarray:
-        q = np.asarray(Q)
+    def _matrix(self, Q: Any) -> np.ndarray:
+        if Q is None:
+            raise TypeError("Argument 'Q' must not be None")
+        q = np.asarray(memoryview(Q))
         if q.shape != (self._nlabel, self._nvar):
             raise ValueError(f"Bad shape for Q (Need {(self._nlabel, self._nvar)}, got {q.shape})")
         return q
@@ -210,8 +215,8 @@ class DenseCRF2D(DenseCRF):
 
     def __new__(cls, w: int, h: int, nlabels: int, *_: Any, **__: Any) -> DenseCRF2D:
         self = object.__new__(cls)
-        self._setup(int(w) * int(h), int(nlabels))
-        self._grid = (int(h), int(w))
+        self._setup(_integer(w) * _integer(h), _integer(nlabels))
+        self._grid = (_integer(h), _integer(w))
         return self
 
     def addPairwiseGaussian(
@@ -258,15 +263,24 @@ class DenseCRF2D(DenseCRF):
 
 
 def _widths(sigma: Any, count: int) -> Sequence[float]:
-    values = [float(sigma)] * count if isinstance(sigma, Number) else [*map(float, sigma[:count])]  # type: ignore[arg-type]
+    given: Any = [sigma] * count if isinstance(sigma, Number) else sigma[:count]
+    values = [float(s) for s in given]
+    if len(values) < count:
+        raise IndexError(f"Needs one standard deviation or {count} of them, got {sigma}")
     if not all(0 < s < float("inf") for s in values):
         raise ValueError(f"Standard deviations must be positive and finite, got {sigma}")
     return values
 
 
 def _mode(kernel: int, normalization: int) -> str:
-    KernelType(kernel)
-    return NORMALIZATIONS[NormalizationType(normalization)]
+    KernelType(_integer(kernel))
+    return NORMALIZATIONS[NormalizationType(_integer(normalization))]
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, Number):
+        raise TypeError(f"an integer is required, got {type(value).__name__}")
+    return int(value)  # type: ignore[call-overload]
 
 
 def _guess_grid(features: np.ndarray) -> tuple[int, int]:
