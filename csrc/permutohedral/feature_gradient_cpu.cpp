@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/parallel.h"
 #include "common/workspace.h"
 #include "permutohedral/filter.h"
 #include "permutohedral/lattice_kernels.h"
@@ -16,8 +17,6 @@
 
 namespace fastseg {
 namespace {
-
-using torch::stable::parallel_for;
 
 // The simplices of one tile's points: ranks, planar, and weights without any normalisation.
 template <typename T>
@@ -87,71 +86,60 @@ struct FeatureGradient {
   T* out;             // (d, N), added to
 
   // Adds the gradient of sum over channels of <a, K x>, K without normalisation, for up to 32
-  // channels. load_a and load_x(tile, rows, stride) fill the rows of a tile. If not null,
-  // with_a[i] and with_x[i], points numbered tile by tile, grow by the parts of point i in
-  // <a, K x> and <x, K^T a>.
+  // channels. load_a and load_x(tile, rows) fill the rows of a tile. If not null, with_a[i] and
+  // with_x[i], points numbered tile by tile, grow by the parts of point i in <a, K x> and
+  // <x, K^T a>.
   template <typename LoadA, typename LoadX>
   void add(int width, LoadA&& load_a, LoadX&& load_x, T* with_a, T* with_x) const {
     const auto& kernels = lattice_kernels<T>();
     const Tiling tiling = lattice.tiling();
-    const int stride = tile_stride(width), d = static_cast<int>(lattice.d());
-    const int64_t points = lattice.header->points, vertices = lattice.header->vertices;
-    const int64_t tiles = tiling.count(), most = largest_tile(lattice), grain = 4;
-    const std::vector<T> ones(kTilePoints, T(1));
-    Workspace<T> v(vertices * width), w(vertices * width);
-    Workspace<T> extra_v(lattice.extra_rows() * width), extra_w(lattice.extra_rows() * width);
+    const Chunking chunks(tiling);
+    const int d = static_cast<int>(lattice.d());
+    const int64_t points = lattice.header->points;
+    Workspace<T> v(lattice.rows() * width), w(lattice.rows() * width);
     const auto tile_view = [&](int64_t t, const TileSimplices<T>& simplices) {
       TileView<T> tile(lattice, t, tiling.first_point(t), tiling.points(t));
       tile.weight = simplices.weight.data();
       tile.slice_scale = tile.splat_scale = nullptr;
       return tile;
     };
-    parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(chunks.count, [&](int64_t chunk) {
       const FlushDenormals flush;
       TileSimplices<T> simplices(d);
-      Workspace<T> rows(kTilePoints * stride), local(most * stride);
-      for (int64_t t = begin; t < end; ++t) {
+      Workspace<T> rows(kTilePoints * width);
+      lattice.clear_rows(chunk, width, v.data());
+      lattice.clear_rows(chunk, width, w.data());
+      for (int64_t t = chunks.first_tile(chunk); t < chunks.first_tile(chunk + 1); ++t) {
         simplices.locate(tiling, t, features, points);
         const TileView<T> tile = tile_view(t, simplices);
-        const auto splat = [&](T* values, T* extra) {
-          kernels.splat_tile(tile, rows.data(), ones.data(), width, stride, local.data());
-          kernels.scatter_rows(local.data(), width, stride, tile.pair_row, tile.pairs, vertices,
-                               values, extra);
-        };
-        load_x(t, rows.data(), stride);
-        splat(v.data(), extra_v.data());
-        load_a(t, rows.data(), stride);
-        splat(w.data(), extra_w.data());
+        load_x(t, rows.data());
+        kernels.splat_tile(tile, rows.data(), nullptr, width, v.data());
+        load_a(t, rows.data());
+        kernels.splat_tile(tile, rows.data(), nullptr, width, w.data());
       }
     });
-    merge_and_blur(lattice, false, width, extra_v.data(), v.data());
-    merge_and_blur(lattice, true, width, extra_w.data(), w.data());
-    const std::vector<T> gain(static_cast<size_t>(width), static_cast<T>(lattice_gain(d)));
-    parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    merge_and_blur(lattice, false, width, v.data());
+    merge_and_blur(lattice, true, width, w.data());
+    const T gain = static_cast<T>(lattice_gain(d));
+    parallel_tasks(chunks.count, [&](int64_t chunk) {
       const FlushDenormals flush;
       TileSimplices<T> simplices(d);
-      Workspace<T> rows_x(kTilePoints * stride), rows_a(kTilePoints * stride);
-      Workspace<T> local_v(most * stride), local_w(most * stride);
+      Workspace<T> rows_x(kTilePoints * width), rows_a(kTilePoints * width);
       Workspace<T> gradient(kTilePoints * d);
-      for (int64_t t = begin; t < end; ++t) {
+      for (int64_t t = chunks.first_tile(chunk); t < chunks.first_tile(chunk + 1); ++t) {
         simplices.locate(tiling, t, features, points);
         const TileView<T> tile = tile_view(t, simplices);
-        load_x(t, rows_x.data(), stride);
-        load_a(t, rows_a.data(), stride);
-        const auto gather = [&](const T* values, T* local) {
-          kernels.gather_rows(values, width, stride, tile.pair_vertex, tile.pairs, gain.data(),
-                              nullptr, local);
-        };
-        gather(v.data(), local_v.data());
-        gather(w.data(), local_w.data());
+        load_x(t, rows_x.data());
+        load_a(t, rows_a.data());
         const int64_t first = tiling.first_point(t);
         for (int i = 0; i < tile.points; ++i) {
-          const uint16_t* vertex = tile.simplex_vertex + tile.point_simplex[i] * (d + 1);
-          const T *a = rows_a.data() + i * stride, *x = rows_x.data() + i * stride;
+          const int32_t* vertex = tile.simplex_vertex + tile.point_simplex[i] * (d + 1);
+          const T *a = rows_a.data() + i * width, *x = rows_x.data() + i * width;
           T by_weight[kMaxFeatures + 1], sum_a = 0, sum_x = 0;
           for (int r = 0; r <= d; ++r) {
-            const T of_a = dot(a, local_v.data() + vertex[r] * stride, width);
-            const T of_x = dot(x, local_w.data() + vertex[r] * stride, width);
+            const int64_t row = static_cast<int64_t>(vertex[r]) * width;
+            const T of_a = gain * dot(a, v.data() + row, width);
+            const T of_x = gain * dot(x, w.data() + row, width);
             by_weight[r] = of_a + of_x;
             sum_a += tile.weight[i * (d + 1) + r] * of_a;
             sum_x += tile.weight[i * (d + 1) + r] * of_x;
@@ -195,10 +183,10 @@ void add_feature_gradient(const Lattice<T>& lattice, const T* features, const T*
     const int64_t count = std::min<int64_t>(32, channels - c);
     const int width = row_width(count);
     const auto loader = [&, c](const T* planes, bool scaled) {
-      return [&, planes, scaled](int64_t t, T* rows, int stride) {
-        load_tile(tiling, t, planes + c * points, points, count, width, stride, rows);
+      return [&, planes, scaled](int64_t t, T* rows) {
+        load_tile(tiling, t, planes + c * points, points, count, width, rows);
         if (!scaled) return;
-        kernels.scale_rows(rows, static_cast<int>(tiling.points(t)), width, stride,
+        kernels.scale_rows(rows, static_cast<int>(tiling.points(t)), width,
                            lattice.scale + tiling.first_point(t));
       };
     };
@@ -208,20 +196,21 @@ void add_feature_gradient(const Lattice<T>& lattice, const T* features, const T*
   if (!left && !right) return;
 
   // d scale / d n = -1/2 scale^3 (symmetric) or -scale^2; the parts above hold one scale already.
-  const auto load_one = [&](int64_t t, T* rows, int stride) {
-    std::fill_n(rows, tiling.points(t) * stride, T(0));
-    for (int64_t i = 0; i < tiling.points(t); ++i) rows[i * stride] = 1;
+  const int width = row_width(1);
+  const auto load_one = [&](int64_t t, T* rows) {
+    std::fill_n(rows, tiling.points(t) * width, T(0));
+    for (int64_t i = 0; i < tiling.points(t); ++i) rows[i * width] = 1;
   };
-  const auto load_c = [&](int64_t t, T* rows, int stride) {
+  const auto load_c = [&](int64_t t, T* rows) {
     const int64_t first = tiling.first_point(t);
-    std::fill_n(rows, tiling.points(t) * stride, T(0));
+    std::fill_n(rows, tiling.points(t) * width, T(0));
     for (int64_t i = 0; i < tiling.points(t); ++i) {
       const T s = lattice.scale[first + i];
       const T part = (left ? parts_a[first + i] : T(0)) + (right ? parts_x[first + i] : T(0));
-      rows[i * stride] = symmetric ? T(-0.5) * s * s * part : -s * part;
+      rows[i * width] = symmetric ? T(-0.5) * s * s * part : -s * part;
     }
   };
-  gradient.add(row_width(1), load_c, load_one, nullptr, nullptr);
+  gradient.add(width, load_c, load_one, nullptr, nullptr);
 }
 
 // features (B, d, N) of the lattices, values x and grad a (B, C, N) -> (B, d, N), the gradient of
