@@ -4,13 +4,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# The op tests on CPU kernels with AddressSanitizer and UBSan; the build takes some minutes.
+sanitize: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from .conv_bn import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
 from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, pack_conv
+from .crf_memory import estimate_memory
 from .dense_crf import (
     PairwiseTerm,
     dense_crf,
@@ -45,6 +46,7 @@ __all__ = [
     "conv_engine",
     "dense_crf",
     "dense_crf_reference",
+    "estimate_memory",
     "fold_bn",
     "from_torch_indices",
     "gaussian_features",

@@ -116,8 +116,9 @@ def dense_crf(
         and kernels.
 
     Raises:
-        ValueError: shapes do not match, NaN or -inf in ``unary``, or features that a lattice cannot
-            hold.
+        ValueError: shapes do not match, NaN or -inf in ``unary``, features that a lattice cannot
+            hold, or more memory needed than is available, see :func:`estimate_memory`. Where the
+            vertices of all labels at once would not fit, labels are filtered in groups.
     """
     if unary.dim() < 3:
         raise ValueError(

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .crf_memory import available_memory, mean_field_bytes
 from .permutohedral import feature_gradient
+
+MAY_TAKE = 256 << 20  # bytes, without a look at what is available
 
 
 @dataclass
@@ -38,9 +41,11 @@ def mean_field(
 ) -> Tensor:
     """fastseg::dense_crf for unary (B, L, N); differentiable in the features, too. A positive
     tolerance ends an image's updates early, see :func:`fastseg.ops.dense_crf`."""
+    m = model
     if tolerance > 0:
         return _until_still(unary, start, model, iterations, tolerance)
-    m = model
+    if _too_large(unary, start, model):
+        return _in_groups(unary, start, model, iterations)
     if torch.is_grad_enabled() and any(f.requires_grad for f in m.features):
         features = [f.contiguous() for f in m.features]
         return dense_crf_at(
@@ -57,6 +62,68 @@ def mean_field(
     return torch.ops.fastseg.dense_crf(
         unary, start, m.lattices, m.counts, m.coefficients, m.height, m.width, iterations, False
     )
+
+
+GROUP = 8  # labels filtered at a time where all of them need too much memory
+
+
+def _too_large(unary: Tensor, start: Tensor | None, model: Model) -> bool:
+    """Whether mean field over all labels would not fit into memory."""
+    inputs = [unary, *model.coefficients, *model.features] + ([] if start is None else [start])
+    if unary.is_cuda or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return False
+    batch, labels, points = unary.shape
+    rows = [int(t[: 8 * 14].view(torch.int64)[8:10].sum()) for t in model.lattices]
+    element = unary.element_size()
+    result = unary.numel() * element
+    images = min(batch, torch.get_num_threads())
+    largest = sorted(rows, reverse=True)[: len(model.counts)]
+    needed = result + images * mean_field_bytes(labels, points, element, largest)
+    if needed < MAY_TAKE:
+        return False
+    available = available_memory()
+    if available is None or needed <= available:
+        return False
+    needed = result + mean_field_bytes(labels, points, element, largest, GROUP)
+    if needed > available:
+        raise ValueError(
+            f"dense_crf: {labels} labels at {points} points need about {needed / 2**30:.1f} GiB, "
+            f"more than the {available / 2**30:.1f} GiB available"
+        )
+    return True
+
+
+def _in_groups(
+    unary: Tensor, start: Tensor | None, model: Model, iterations: int, group: int = GROUP
+) -> Tensor:
+    """The updates with a few labels filtered at a time: slower, but the vertices of all labels are
+    never held at once."""
+    if not (unary > -torch.inf).all() or not (unary.amin(1) < torch.inf).all():
+        raise ValueError(
+            "dense_crf: unary must hold no NaN or -inf, and a finite energy for some label of "
+            "every point"
+        )
+    q = torch.softmax(-unary, 1) if start is None else start.clone()
+    logits = torch.empty_like(unary)
+    for _ in range(iterations):
+        torch.neg(unary, out=logits)
+        first = 0
+        for count, c in zip(model.counts, model.coefficients, strict=True):
+            lattices = model.lattices[first : first + count]
+            first += count
+            for at in range(0, unary.shape[1], group):
+                part = slice(at, at + group)
+                message = torch.ops.fastseg.permutohedral_filter(
+                    q[:, part].contiguous(), lattices, False
+                )
+                if c.dim() == 1:
+                    logits[:, part].addcmul_(c[part, None], message)
+                else:
+                    logits += c[:, part] @ message
+        torch.softmax(logits, 1, out=q)
+    return q
 
 
 def _until_still(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .crf_memory import available_memory, lattice_bytes, sample_lattice
+
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 MAX_FEATURES = 16
 _STORAGES = (None, torch.float16, torch.bfloat16)
@@ -83,6 +85,8 @@ class PermutohedralLattice:
         self.features = features.flatten(2)
         self.normalization = normalization
         self.height, self.width = height, width
+        if not self.features.is_cuda and not torch.compiler.is_compiling():
+            _check_memory(self.features.detach(), height, width)
         self.tensors: list[Tensor] = torch.ops.fastseg.permutohedral_build(
             self.features.detach().contiguous(), height, width, mode
         )
@@ -113,6 +117,29 @@ class PermutohedralLattice:
     def filter(self, values: Tensor, transposed: bool = False) -> Tensor:
         """K values, or K^T values if ``transposed``; see :func:`permutohedral_filter`."""
         return permutohedral_filter(values, self, transposed=transposed)
+
+
+def _check_memory(features: Tensor, height: int, width: int) -> None:
+    """Raises where a lattice per image would not fit into memory. The worst case, d + 1 vertices
+    per point, settles most calls; else vertices are counted in a sample."""
+    batch, d, points = features.shape
+    element = features.element_size()
+    worst = lattice_bytes(points, d, element, d + 1, 1)
+    if batch * worst[0] + worst[1] < 64 << 20:
+        return
+    available = available_memory()
+    if available is None or batch * worst[0] + worst[1] <= available:
+        return
+    kept = build = 0
+    for f in features.split(1):
+        sizes = lattice_bytes(points, d, element, *sample_lattice(f, height, width))
+        kept, build = kept + sizes[0], max(build, sizes[1])
+    if kept + build > available:
+        raise ValueError(
+            f"PermutohedralLattice: {points} points with {d} features need about "
+            f"{(kept + build) / 2**30:.1f} GiB, more than the {available / 2**30:.1f} GiB "
+            "available: divide the features by larger standard deviations or use fewer points"
+        )
 
 
 def grid_shape(spatial: Sequence[int]) -> tuple[int, int]:
