@@ -267,7 +267,8 @@ def _solve_masked(
     for image, one in enumerate(mask):
         images = slice(None) if shared else slice(image, image + 1)
         points = _valid_points(one, *grid)
-        beliefs = torch.softmax(-u[images], 1)
+        # Not torch.softmax, whose last bits depend on the number of threads.
+        beliefs = mean_field(u[images].contiguous(), None, Model([], [], [], [], *grid), 0)
         if len(points):
             inside = _solve(
                 u[images][..., points],

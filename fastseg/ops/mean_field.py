@@ -75,7 +75,10 @@ def _too_large(unary: Tensor, start: Tensor | None, model: Model) -> bool:
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return False
     batch, labels, points = unary.shape
-    rows = [int(t[: 8 * 14].view(torch.int64)[8:10].sum()) for t in model.lattices]
+    rows = []
+    for tensor in model.lattices:
+        d, vertices, extra = tensor[:80].view(torch.int64)[[5, 8, 9]].tolist()
+        rows.append(min(vertices + extra, (d + 1) * points))
     element = unary.element_size()
     result = unary.numel() * element
     images = min(batch, torch.get_num_threads())
@@ -274,7 +277,7 @@ def _backward(ctx, grad):
         grad_unary,
         grad_start,
         [None] * len(lattices),
-        None,
+        None if lattices else [],  # torch takes an empty list for one of tensors
         grad_coefficients,
         None,
         None,
