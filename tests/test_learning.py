@@ -44,6 +44,7 @@ TEXTURES = {
     "deeplabv2_resnet": (deeplabv2_resnet, (BLOCKS,), {"width": 8}, 60, 0.01, 0.45),
     "refinenet": (refinenet, (BLOCKS,), {"width": 8}, 80, 0.003, 0.42),
     "gcn": (gcn, (BLOCKS,), {"width": 8}, 60, 0.01, 0.45),
+    "crfrnn": (models.crfrnn_fcn8s_vgg16, (), {**VGG, "mean": 128.0, "std": 50.0}, 60, 0.003, 0.27),
 }
 
 
