@@ -22,15 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "cuda_kernels.txt"
 ARCHS = "80;90a"
 
-# Beginnings of instructions that kernels, named by how they begin, must have: tensor cores,
-# asynchronous copies and matrix loads; for passes over memory 16-byte accesses.
+# Beginnings of instructions that kernels, by what their name begins with, must have: tensor cores,
+# asynchronous copies and matrix loads; for passes over channels-last memory 16-byte accesses.
 REQUIRED = {
-    "conv_forward<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
-    "conv_weight_gradient<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
-    "normalize<": ("LDG.E.128", "STG.E.128"),
-    "backward_apply<": ("LDG.E.128", "STG.E.128"),
-    "backward_reduce<": ("LDG.E.128",),
-    "moments_kernel<": ("LDG.E.128",),
+    r"conv_forward<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
+    r"conv_weight_gradient<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
+    r"(normalize|backward_apply)<\w+, true": ("LDG.E.128", "STG.E.128"),
+    r"(backward_reduce|moments_kernel)<\w+, true": ("LDG.E.128",),
 }
 REQUIRED_90A = {"conv_wgmma<": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STG.E.128")}
 FORBIDDEN = ("LDL", "STL")  # local memory
@@ -160,7 +158,7 @@ def check_instructions(library: Path) -> str:
         local = [] if kernel.startswith(LOCAL_ARRAYS) else local
         wrong += [f"{readable}: accesses local memory, {local}"] if local else []
         table = REQUIRED | (REQUIRED_90A if readable.startswith("sm_90a") else {})
-        required = next((r for k, r in table.items() if kernel.startswith(k)), ())
+        required = next((r for k, r in table.items() if re.match(k, kernel)), ())
         wrong += [
             f"{readable}: has no {operation}"
             for operation in required

@@ -62,6 +62,10 @@ bool serves(const Tensor& x, const Tensor& weight, const Geometry& g, bool allow
   if (R * S > kMaxTaps || std::max(R, S) > 31 || pixel_stride(x) == 0) return false;
   const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
   if (rows.out < 1 || cols.out < 1) return false;
+  for (const ConvAxis& a : {rows, cols}) {  // positions in 16 bits, also of the gradient's axes
+    const int64_t reach = int64_t{a.dilation} * a.taps + a.padding;
+    if (std::max<int64_t>(a.in, int64_t{a.out} * a.stride) + reach > INT16_MAX) return false;
+  }
   const int64_t pixels = x.size(0) * std::max(x.size(2) * x.size(3), int64_t{rows.out} * cols.out);
   const int64_t tiles = (pixels / kConvTile + 1) * (weight.size(0) / 64 + 1);
   const int64_t steps = tiles * R * S * (x.size(1) / 16 + 1);

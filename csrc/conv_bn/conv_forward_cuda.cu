@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int begin = schedule.first_step(blockIdx.x);
   // Backwards, so that what the next block waits for comes first.
   for (int end = schedule.first_step(blockIdx.x + 1); end > begin;) {
-    const TilePart part = last_part(schedule, begin, end);
+    const int last = end;
+    const TilePart part = last_part(schedule, begin, last);
     end = part.first_step + part.begin;
     const ConvBranch& branch = conv.branch[part.run.branch];
     const ConvAxis &rows = branch.rows, &cols = branch.cols;
@@ -58,19 +59,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Thread t looks after row t of the tile in z, and copies chunk t % 4 of rows t / 4 + 32 * i.
     const Pixel own = pixel_at(conv.N, branch, int64_t{row_tile} * kConvTile + t);
     const int own_pixel = own.n < 0 ? -1 : (own.n * rows.out + own.row) * cols.out + own.col;
-    int row0[kRowsOfThread], col0[kRowsOfThread], pixel0[kRowsOfThread];
+    int corner[kRowsOfThread], pixel0[kRowsOfThread];  // corner: row and column in 16 bits each
     {
-      const int top = own.n < 0 ? -(1 << 30) : own.row * rows.stride - rows.padding;
+      const int top = own.n < 0 ? INT16_MIN : own.row * rows.stride - rows.padding;
       const int left = own.col * cols.stride - cols.padding;
-      const int corner[4] = {top, left, (own.n * rows.in + top) * cols.in + left, 0};
+      const int place[2] = {top * 65536 + (left & 0xffff),
+                            (own.n * rows.in + top) * cols.in + left};
       int* table = reinterpret_cast<int*>(shared);
-      store_vector(table + t * 4, corner);
+      store_vector(table + t * 2, place);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
-        int place[4];
-        load_vector(table + (t / 4 + 32 * i) * 4, place);
-        row0[i] = place[0], col0[i] = place[1], pixel0[i] = place[2];
+        int other[2];
+        load_vector(table + (t / 4 + 32 * i) * 2, other);
+        corner[i] = other[0], pixel0[i] = other[1];
       }
       __syncthreads();
     }
@@ -88,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const T* weight = static_cast<const T*>(branch.weight);
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
-        const int row = row0[i] + down, col = col0[i] + right;
+        const int row = (corner[i] >> 16) + down;
+        const int col = static_cast<int16_t>(corner[i]) + right;
         const bool valid = row >= 0 && row < rows.in && col >= 0 && col < cols.in && c < conv.C;
         const int64_t pixel = pixel0[i] + down * cols.in + right;
         cp_async_16(a + swizzled(t / 4 + 32 * i, chunk), valid ? x + pixel * conv.x_stride + c : x,
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Accumulators<kColumns> acc = {};
     pipeline<kColumns>(shared, part.end - part.begin, copy, [&](const unsigned char* a) {
       const unsigned char* b = a + kConvTile * kStepBytes;
-#pragma unroll
+#pragma unroll 1  // both halves at once spill on compute capability 9 and later
       for (int half = 0; half < 2; ++half) {
         uint32_t a_regs[4][4], b_regs[kColumns / 32][4];
 #pragma unroll
@@ -129,11 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     });
 
-    if (part.end < part.run.steps) {
-      give_partial<kColumns>(stream_k, acc);
-      continue;
-    }
-    add_partials<kColumns>(stream_k, schedule, part, acc);
+    if (!complete<kColumns>(stream_k, schedule, begin, last, acc)) continue;
 
     int* pixels = reinterpret_cast<int*>(shared) + kStagingRows * kStagingStride<kColumns>;
     const T* biases = static_cast<const T*>(branch.bias);

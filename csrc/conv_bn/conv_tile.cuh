@@ -98,12 +98,19 @@ __device__ __forceinline__ void give_partial(const StreamK& stream_k, Accumulato
   if (threadIdx.x == 0) store_release(stream_k.flags + blockIdx.x, stream_k.stamp);
 }
 
-// Adds what the blocks before this one have of the tile, in their order. They started earlier and
-// gave it first of all, so that this waits for none that waits in turn.
+// Whether this block has the end of the last tile of its steps [begin, end), and then the sums of
+// the whole tile in acc: adds what the blocks before this one have of it, in their order. They
+// started earlier and gave it first of all, so that this waits for none that waits in turn. Looks
+// the part up anew, which costs less than registers for it during the product.
 template <int kColumns>
-__device__ __forceinline__ void add_partials(const StreamK& stream_k, const Schedule& schedule,
-                                             const TilePart& part, Accumulators<kColumns>& acc) {
-  if (part.begin == 0) return;
+__device__ __forceinline__ bool complete(const StreamK& stream_k, const Schedule& schedule,
+                                         int begin, int end, Accumulators<kColumns>& acc) {
+  const TilePart part = last_part(schedule, begin, end);
+  if (part.end < part.run.steps) {
+    give_partial<kColumns>(stream_k, acc);
+    return false;
+  }
+  if (part.begin == 0) return true;
   for (int block = schedule.block_of(part.first_step); block < static_cast<int>(blockIdx.x);
        ++block) {
     if (threadIdx.x == 0) {
@@ -118,6 +125,7 @@ __device__ __forceinline__ void add_partials(const StreamK& stream_k, const Sche
       for (int k = 0; k < 4; ++k) acc[i][j][k] += values[k];
     });
   }
+  return true;
 }
 
 // Lays the accumulators out in shared memory by rows of kStagingStride, one half of the tile's rows

@@ -38,11 +38,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int taps = rows.taps * cols.taps, column_tiles = ceil_div(conv.C, kColumns);
   const int begin = schedule.first_step(blockIdx.x);
   for (int end = schedule.first_step(blockIdx.x + 1); end > begin;) {
-    const TilePart part = last_part(schedule, begin, end);
+    const int last = end;
+    const TilePart part = last_part(schedule, begin, last);
     end = part.first_step + part.begin;
     const int tap = static_cast<int>(part.run.taps);
-    const int first_row = part.tile / column_tiles * kConvTile;
-    const int first_column = part.tile % column_tiles * kColumns;
 
     // The rectangle of output pixels that read inside the image under this tap.
     const auto range = [](const ConvAxis& a, int offset, int* first) {
@@ -53,39 +52,48 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int down = tap / cols.taps * rows.dilation - rows.padding;
     const int right = tap % cols.taps * cols.dilation - cols.padding;
     int top, left;
-    const int height = range(rows, down, &top), width = range(cols, right, &left);
+    int height = range(rows, down, &top), width = range(cols, right, &left);
     const int images = height > 0 && width > 0 ? conv.N : 0;
+    height = max(height, 1), width = max(width, 1);  // of none, to walk through
 
     // Pixels of this thread's copies: the first, then every kRowStep-th (dy) or kColumnStep-th (x).
     const auto start = [&](int first) {
-      if (images == 0) return Walk{0, 0, 0};
       const int64_t at = int64_t{part.begin} * kPixels + first;
       const int64_t line = at / width;
       return Walk{static_cast<int>(line / height), static_cast<int>(line % height),
                   static_cast<int>(at - line * width)};
     };
-    Walk dy_walk = start(t / kRowChunks), x_walk = start(t / kColumnChunks);
+    Walk walk = start(t / kRowChunks), x_walk{};
+    if constexpr (kRowStep != kColumnStep) x_walk = start(t / kColumnChunks);
+    const int k = part.tile / column_tiles * kConvTile + t % kRowChunks * 8;
+    const int c = part.tile % column_tiles * kColumns + t % kColumnChunks * 8;
+    const auto copy_x = [&](unsigned char* b, int pixel, const Walk& at) {
+      const bool valid = at.n < images && c < conv.C;
+      const int row = (top + at.row) * rows.stride + down;
+      const int col = (left + at.col) * cols.stride + right;
+      const int64_t from = (int64_t{at.n} * rows.in + row) * cols.in + col;
+      cp_async_16(b + swizzled<kColumns>(pixel, t % kColumnChunks),
+                  valid ? x + from * conv.x_stride + c : x, valid);
+    };
     const auto copy = [&](unsigned char* a) {
       unsigned char* b = a + kConvTile * kStepBytes;
-      const int k = first_row + t % kRowChunks * 8, c = first_column + t % kColumnChunks * 8;
 #pragma unroll
       for (int i = 0; i < kPixels / kRowStep; ++i) {
-        const bool valid = dy_walk.n < images && k < conv.K;
-        const int64_t pixel =
-            (int64_t{dy_walk.n} * rows.out + top + dy_walk.row) * cols.out + left + dy_walk.col;
-        cp_async_16(a + swizzled<kConvTile>(t / kRowChunks + i * kRowStep, t % kRowChunks),
-                    valid ? dy + pixel * conv.dy_stride + k : dy, valid);
-        if (images > 0) dy_walk.advance(kRowStep, height, width);
+        const int pixel = t / kRowChunks + i * kRowStep;
+        const bool valid = walk.n < images && k < conv.K;
+        const int64_t from =
+            (int64_t{walk.n} * rows.out + top + walk.row) * cols.out + left + walk.col;
+        cp_async_16(a + swizzled<kConvTile>(pixel, t % kRowChunks),
+                    valid ? dy + from * conv.dy_stride + k : dy, valid);
+        if constexpr (kRowStep == kColumnStep) copy_x(b, pixel, walk);
+        walk.advance(kRowStep, height, width);
       }
+      if constexpr (kRowStep != kColumnStep) {
 #pragma unroll
-      for (int i = 0; i < kPixels / kColumnStep; ++i) {
-        const bool valid = x_walk.n < images && c < conv.C;
-        const int row = (top + x_walk.row) * rows.stride + down;
-        const int col = (left + x_walk.col) * cols.stride + right;
-        const int64_t pixel = (int64_t{x_walk.n} * rows.in + row) * cols.in + col;
-        cp_async_16(b + swizzled<kColumns>(t / kColumnChunks + i * kColumnStep, t % kColumnChunks),
-                    valid ? x + pixel * conv.x_stride + c : x, valid);
-        if (images > 0) x_walk.advance(kColumnStep, height, width);
+        for (int i = 0; i < kPixels / kColumnStep; ++i) {
+          copy_x(b, t / kColumnChunks + i * kColumnStep, x_walk);
+          x_walk.advance(kColumnStep, height, width);
+        }
       }
     };
 
@@ -111,11 +119,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     });
 
-    if (part.end < part.run.steps) {
-      give_partial<kColumns>(stream_k, acc);
-      continue;
-    }
-    add_partials<kColumns>(stream_k, schedule, part, acc);
+    if (!complete<kColumns>(stream_k, schedule, begin, last, acc)) continue;
+    const TilePart done = last_part(schedule, begin, last);  // anew, as in `complete`
+    const int first_row = done.tile / column_tiles * kConvTile;
+    const int first_column = done.tile % column_tiles * kColumns;
     const auto emit = [&](int half, const float* staging) {
       for (int item = t; item < kStagingRows * kColumnChunks; item += kThreads) {
         const int line = item / kColumnChunks, c = item % kColumnChunks * 8;
@@ -126,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_vector(staging + line * kStagingStride<kColumns> + c, values);
 #pragma unroll
         for (int e = 0; e < 8; ++e) result[e] = static_cast<T>(values[e]);
-        store_vector(dweight + (int64_t{k} * taps + tap) * conv.C + first_column + c, count,
-                     conv.whole != 0, result);
+        store_vector(dweight + (int64_t{k} * taps + done.run.taps) * conv.C + first_column + c,
+                     count, conv.whole != 0, result);
       }
     };
     emit_tile<kColumns>(shared, acc, [](int) {}, emit);
