@@ -14,7 +14,7 @@ from tests.ops.test_conv_engine import (
     BORDERED_CASES,
     GEMM_CASES,
     LINE_CASES,
-    STAGED_CASES,
+    PIECES_CASES,
     WINOGRAD_CASES,
 )
 
@@ -80,14 +80,14 @@ def test_gemm(shape, products, cpu_isa):
 
 
 @pytest.mark.parametrize("tile", [2, 3, 4, 6])
-@pytest.mark.parametrize("shape", [*WINOGRAD_CASES, *STAGED_CASES], ids=str)
+@pytest.mark.parametrize("shape", [*WINOGRAD_CASES, *PIECES_CASES], ids=str)
 def test_winograd(shape, tile, products, cpu_isa):
     if tile == 6 and products == BF16:
         pytest.skip("has no products in bfloat16")
     check_square(shape, tile, products)
 
 
-@pytest.mark.parametrize("shape", [*BORDERED_CASES, STAGED_CASES[1]], ids=str)
+@pytest.mark.parametrize("shape", [*BORDERED_CASES, PIECES_CASES[1]], ids=str)
 def test_bordered(shape, products, cpu_isa):
     check_square(shape, 1, products)
 
