@@ -23,7 +23,6 @@ from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
 from .patterns import faster_pool
-from .register import register
 from .tracing import has_options, reads_strides, required_arguments, trace
 
 __all__ = ["explain", "optimize"]
@@ -223,6 +222,3 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 def _join(*names: str) -> str:
     return ".".join(filter(None, names))
-
-
-register()
