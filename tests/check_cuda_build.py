@@ -27,6 +27,7 @@ ARCHS = "80;90a"
 REQUIRED = {
     r"conv_forward<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
     r"conv_weight_gradient<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
+    r"shift_add<(BFloat16|Half)": ("HMMA",),
     r"(normalize|backward_apply)<\w+, true": ("LDG.E.128", "STG.E.128"),
     r"(backward_reduce|moments_kernel)<\w+, true": ("LDG.E.128",),
 }

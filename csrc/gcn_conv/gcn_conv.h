@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/host_device.h"
 #include "common/layout.h"
 
 namespace fastseg {
@@ -23,7 +24,7 @@ struct GlobalConv {
 
   int64_t reach() const { return taps / 2; }
   int64_t pixels() const { return N * H * W; }
-  int64_t columns() const { return 2 * taps * K; }
+  FASTSEG_HOST_DEVICE int64_t columns() const { return 2 * taps * K; }
 };
 
 inline GlobalConv global_conv(const Tensor& x, int64_t K, int64_t taps) {

@@ -106,7 +106,27 @@ def upsample(ops, shape, size, dtype, layout, align_corners=False):
     return [prob, probs, probs.float().gather(1, labels.long()[:, None])]
 
 
+def global_conv(ops, shape, dtype, layout=LAST):
+    """The maps of GCN to 16-bit precision: the CPU uses Winograd's algorithm, the tap form of a
+    16-bit type is rounded. And the expansion of some rows of two of them."""
+    N, C, H, W, K, k = shape
+    x = torch.randn(N, C, H, W, dtype=dtype).contiguous(memory_format=layout)
+    sizes = ((K, C, k, 1), (K,), (K, K, 1, k), (K,), (K, C, 1, k), (K,), (K, K, k, 1), (K,))
+    weights = [(torch.randn(size) / (size[0] * k) ** 0.5).to(dtype) for size in sizes]
+    maps = ops.gcn_conv(x, *weights)
+    rounded = dtype if dtype != torch.float32 else torch.float16
+    vertical, horizontal = torch.randn(2, *maps[0].shape, dtype=dtype)
+    return [
+        *(m.to(rounded) for m in maps),
+        ops.gcn_expand(vertical, horizontal, k, 1, N * H - 1),
+    ]
+
+
 CASES = {
+    "gcn": lambda ops: global_conv(ops, (2, 12, 11, 9, 21, 7), torch.float16),
+    "gcn bfloat16": lambda ops: global_conv(ops, (1, 7, 10, 19, 40, 5), torch.bfloat16, CPU),
+    "gcn float32": lambda ops: global_conv(ops, (1, 5, 9, 12, 37, 27), torch.float32),
+    "gcn float64": lambda ops: global_conv(ops, (2, 3, 3, 17, 18, 9), torch.float64),
     "upsample nchw": lambda ops: upsample(ops, (2, 5, 4, 6), (9, 13), torch.float32, CPU),
     "upsample nhwc": lambda ops: upsample(ops, (1, 7, 5, 3), (4, 8), torch.float16, LAST, True),
     "upsample many": lambda ops: upsample(ops, (1, 300, 2, 3), (3, 5), torch.float64, CPU),

@@ -91,9 +91,15 @@ def test_layouts(device):
 
 
 @shapes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients(shape, dtype, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "bfloat16 products"],
+)
+def test_gradients(shape, dtype, narrow, device, monkeypatch):
     monkeypatch.setattr("fastseg.ops.gcn_conv.CHUNK", 20_000)  # several chunks, a ragged last one
+    if narrow:  # as on CUDA
+        monkeypatch.setattr("fastseg.ops.gcn_conv._product_dtype", lambda x: x.dtype)
     x, weights = case(shape, dtype, device)
     x = x.contiguous(memory_format=torch.channels_last)
     grad = torch.randn(shape[0], shape[4], *shape[2:4], device=device).to(dtype)
@@ -146,7 +152,7 @@ def test_special_values(device):
     assert not y[0, :, 20:].isnan().any()
 
 
-def test_packed(cpu_isa):
+def test_packed(cpu_isa, not_emulated):
     x, weights = case((2, 33, 17, 12, 21, 15))
     packed = pack_global_conv2d(weights)
     assert torch.equal(global_conv2d_packed(x, packed), global_conv2d(x, *weights))
