@@ -17,6 +17,8 @@ from ..ops.conv_engine import (
 )
 from ..ops.conv_engine_bf16 import choose_algorithm
 
+SIZES = 256  # input shapes of which a layer remembers what they need
+
 
 class PackedConv2d(nn.Module):
     """``activation(bn(conv(x)) + residual)`` by the convolution engine, without gradients.
@@ -87,6 +89,7 @@ class PackedConv2d(nn.Module):
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
         self._packed: dict[tuple[int, torch.dtype], PackedConv] = {}
+        self._prepared: dict[tuple[int, ...], tuple[PackedConv, tuple[int, ...]]] = {}
 
     def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
         """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
@@ -108,15 +111,7 @@ class PackedConv2d(nn.Module):
             return self(x[None], residual, out)[0]
         if x.dtype != self.dtype:  # also under autocast, behind a layer that is left to torch
             x = x.to(self.dtype, memory_format=torch.channels_last)
-        tile, products = self.algorithm(x)
-        packed = self._packed.get((tile, products))
-        if packed is None:
-            with torch.inference_mode(False):
-                packed = pack_conv(
-                    self.weight, self.bias, **self.options, tile=tile, products=products
-                )
-            self._packed[tile, products] = packed
-        shape = self.output_shape(x)
+        packed, shape = self._prepare(x)
         if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
             # It broadcasts, or decides the dtype of the sum.
             y = conv_engine(x, replace(packed, activation="none")) + residual
@@ -124,6 +119,27 @@ class PackedConv2d(nn.Module):
         if out is None and self.place is not None:
             out = self.place.image(shape)
         return conv_engine(x, packed, residual, out)
+
+    def _prepare(self, x: Tensor) -> tuple[PackedConv, tuple[int, ...]]:
+        """The packed weights for an input of this shape and the shape of the result. To choose
+        again at every call would cost a tenth of a small layer's time."""
+        size = tuple(x.shape)
+        known = not torch.compiler.is_compiling() and all(type(n) is int for n in size)
+        if known and size in self._prepared:
+            return self._prepared[size]
+        key = self.algorithm(x)
+        packed = self._packed.get(key)
+        if packed is None:
+            tile, products = key
+            with torch.inference_mode(False):
+                packed = pack_conv(
+                    self.weight, self.bias, **self.options, tile=tile, products=products
+                )
+            self._packed[key] = packed
+        prepared = packed, self.output_shape(x)
+        if known and len(self._prepared) < SIZES:
+            self._prepared[size] = prepared
+        return prepared
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
@@ -135,7 +151,7 @@ class PackedConv2d(nn.Module):
         return [self.options[name] for name in ("stride", "padding", "dilation")]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": {}}  # copies pack anew
+        return {**self.__dict__, "_packed": {}, "_prepared": {}}  # copies pack anew
 
 
 def unsupported(conv: nn.Module, bn: nn.Module | None = None) -> str | None:

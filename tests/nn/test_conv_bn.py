@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastseg.nn import ConvBNReLU2d
 from tests.conftest import assert_as_accurate
@@ -179,6 +181,71 @@ def test_children_that_are_more_than_plain_are_called():
     layer = nn.SyncBatchNorm.convert_sync_batchnorm(make()).eval()
     assert isinstance(layer.bn, nn.SyncBatchNorm)
     torch.testing.assert_close(layer(x), layer.unfuse()(x))
+
+
+def runs_packed(layer, *args):
+    layer._folded = None
+    layer(*args)
+    packed = layer._folded and layer._folded.packed
+    return packed is not None and bool(packed._packed)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(9, 8), (33, 40), (11, 5)])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
+def test_inference_is_packed(activation, size, layout):
+    layer = ConvBNReLU2d(16, 24, 3, padding=2, dilation=2, activation=activation).eval()
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(2, 16, *size).contiguous(memory_format=layout)
+    residual = torch.randn(2, 24, *size)
+    plain, exact = plain_copy(layer), plain_copy(layer).double()
+    keys = list(layer.state_dict())
+    with torch.inference_mode():
+        for args in ((x,), (x, residual)):
+            y = layer(*args)
+            assert layer._folded.packed._packed
+            assert y.is_contiguous(memory_format=layout)
+            reference = exact(*(t.double() for t in args))
+            assert (y - reference).abs().max() <= 1e-5 * reference.abs().max()  # of F(4, 3)
+            torch.testing.assert_close(y, plain(*args), rtol=1e-4, atol=1e-4)
+        layer(x[:0])  # no images
+    assert list(layer.state_dict()) == keys
+    with torch.no_grad():
+        layer(x)
+        packed = layer._folded.packed
+        layer(x)
+        assert layer._folded.packed is packed
+        layer.conv.weight.mul_(2)
+        layer.conv.padding = (1, 1)
+        layer.conv.dilation = (1, 1)  # read at every call
+        torch.testing.assert_close(layer(x), layer.unfuse()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_inference_leaves_to_torch():
+    x = torch.randn(1, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    layer = ConvBNReLU2d(16, 16, 3, padding=1).eval()
+    with torch.no_grad():
+        assert runs_packed(layer, x)
+        assert not runs_packed(ConvBNReLU2d(16, 16, 3, padding=1, accuracy="strict").eval(), x)
+        assert not runs_packed(ConvBNReLU2d(16, 16, 3, groups=2).eval(), x)
+        assert not runs_packed(ConvBNReLU2d(16, 16, 1).eval(), x.contiguous())
+        assert runs_packed(ConvBNReLU2d(16, 16, 1).eval(), x)
+        assert not runs_packed(copy.deepcopy(layer).double(), x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not runs_packed(layer, x)
+        with FlopCounterMode(display=False):  # follows the operators
+            assert not runs_packed(layer, x)
+        with pytest.raises(ValueError, match="channels must be"):
+            layer(x[:, :4])
+        with pytest.raises(ValueError, match="residual must"):
+            layer(x, torch.zeros(1, 16, 1, 1))  # a residual does not broadcast
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert forward_ad.unpack_dual(y).tangent is not None
+    layer.requires_grad_(False)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
 
 
 class Two(nn.Module):

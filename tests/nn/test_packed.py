@@ -46,6 +46,17 @@ def test_packs_once_per_algorithm():
     assert first.shape == (1, 32, 65, 65)
 
 
+@torch.no_grad()
+def test_chooses_once_per_input_shape(monkeypatch):
+    packed = PackedConv2d(nn.Conv2d(16, 16, 3, padding=1))
+    small, large = torch.randn(1, 16, 5, 6), torch.randn(2, 16, 30, 31)
+    expected = [packed(small), packed(large)]
+    monkeypatch.setattr(PackedConv2d, "algorithm", None)
+    assert torch.equal(packed(small), expected[0])
+    assert torch.equal(packed(large), expected[1])
+    assert copy.deepcopy(packed)._prepared == {}
+
+
 def test_packed_in_inference_mode_runs_outside():
     packed = PackedConv2d(nn.Conv2d(16, 16, 3))
     x = torch.randn(1, 16, 8, 8)
