@@ -1,6 +1,6 @@
 """Convolution + batch norm + activation as one layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops._layout import image_layout
 from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
 from ..ops.sync_bn import sync_conv_bn_act
-from .packed import PackedConv2d, unsupported
+from .packed import SIZES, PackedConv2d, unsupported
 
 
 @dataclass
@@ -24,6 +24,8 @@ class _Folded:
     bias: Tensor
     packed: PackedConv2d | None = None
     options: tuple = ()  # of the packed form
+    # Of input shapes the result's where the packed form computes it, None where torch does.
+    shapes: dict[tuple[int, ...], tuple[int, ...] | None] = field(default_factory=dict)
 
 
 class ConvBNReLU2d(nn.Module):
@@ -38,9 +40,10 @@ class ConvBNReLU2d(nn.Module):
     until a parameter or buffer changes, unless a gradient in them is wanted.
 
     On the CPU, in float32 and without gradients (``torch.no_grad()``, ``torch.inference_mode()``),
-    it then runs on the packed convolution of :func:`fastseg.optimize`, which keeps its form of the
-    weights too: about four times the memory of a 3x3 convolution. Results keep the layout of the
-    input. Autocast, compilers, dispatch modes and function transforms get torch's convolution.
+    what Winograd's transforms make faster (3x3 of stride 1, long k x 1) then runs on the packed
+    convolution of :func:`fastseg.optimize`, which keeps its form of the weights too: about four
+    times the memory of a 3x3 convolution. Results keep the layout of the input. Autocast,
+    compilers, dispatch modes and function transforms get torch's convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
@@ -230,12 +233,18 @@ class ConvBNReLU2d(nn.Module):
                 )
                 packed.weight, packed.bias = kept.weight, kept.bias  # no second copy
             kept.packed, kept.options = packed, options
-        if min(packed.output_shape(x)[2:]) < 1:
+            kept.shapes.clear()
+        size = tuple(x.shape)
+        if size not in kept.shapes:
+            if len(kept.shapes) >= SIZES:
+                kept.shapes.clear()
+            # Its matrix product is on a par with torch's: that does not repay the memory.
+            shape = packed.output_shape(x) if packed.algorithm(x)[0] else None
+            kept.shapes[size] = shape
+        else:
+            shape = kept.shapes[size]
+        if shape is None or (residual is not None and residual.shape != shape):
             return None
-        if residual is not None and residual.shape != packed.output_shape(x):
-            return None
-        if image_layout(x) != torch.channels_last and packed.algorithm(x)[0] == 0:
-            return None  # a matrix product does not win back what two conversions cost
         return packed
 
     def __getstate__(self) -> dict:
@@ -270,14 +279,13 @@ def _unfused(
 
 
 def _observed() -> bool:
-    """Whether somebody follows the operators of this call: a tracer, a dispatch mode, forward-mode
-    differentiation, which also works under no_grad, or a function transform."""
+    """Whether somebody follows the operators of this call: a tracer, a dispatch mode or a
+    function transform."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -229,8 +228,8 @@ def test_what_inference_leaves_to_torch():
         assert runs_packed(layer, x)
         assert not runs_packed(ConvBNReLU2d(16, 16, 3, padding=1, accuracy="strict").eval(), x)
         assert not runs_packed(ConvBNReLU2d(16, 16, 3, groups=2).eval(), x)
-        assert not runs_packed(ConvBNReLU2d(16, 16, 1).eval(), x.contiguous())
-        assert runs_packed(ConvBNReLU2d(16, 16, 1).eval(), x)
+        assert not runs_packed(ConvBNReLU2d(16, 16, 1).eval(), x)
+        assert not runs_packed(ConvBNReLU2d(16, 16, 3, 2).eval(), x)
         assert not runs_packed(copy.deepcopy(layer).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             assert not runs_packed(layer, x)
@@ -240,9 +239,6 @@ def test_what_inference_leaves_to_torch():
             layer(x[:, :4])
         with pytest.raises(ValueError, match="residual must"):
             layer(x, torch.zeros(1, 16, 1, 1))  # a residual does not broadcast
-        with forward_ad.dual_level():
-            y = layer(forward_ad.make_dual(x, torch.ones_like(x)))
-            assert forward_ad.unpack_dual(y).tangent is not None
     layer.requires_grad_(False)
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
