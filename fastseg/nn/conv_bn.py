@@ -212,9 +212,8 @@ class ConvBNReLU2d(nn.Module):
             or kept.weight is not weight  # not one that is kept
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or weight.device.type != "cpu"
             or any(
-                type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.is_cuda
+                type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or not t.is_cpu
                 for t in (x, weight, *([] if residual is None else [residual]))
             )
             or x.dim() != 4
@@ -235,14 +234,13 @@ class ConvBNReLU2d(nn.Module):
             kept.packed, kept.options = packed, options
             kept.shapes.clear()
         size = tuple(x.shape)
-        if size not in kept.shapes:
+        shape: tuple[int, ...] | None = kept.shapes.get(size, ())
+        if shape == ():
             if len(kept.shapes) >= SIZES:
                 kept.shapes.clear()
             # Its matrix product is on a par with torch's: that does not repay the memory.
             shape = packed.output_shape(x) if packed.algorithm(x)[0] else None
             kept.shapes[size] = shape
-        else:
-            shape = kept.shapes[size]
         if shape is None or (residual is not None and residual.shape != shape):
             return None
         return packed
