@@ -61,6 +61,28 @@ def test_generic_features_give_the_same(unary, image, kernel, normalization):
     )
 
 
+def test_volumes_with_two_channels():
+    """Generic features of a 3-D image; reversing their axes gives the layer's order x, y, z."""
+    random = np.random.RandomState(2)
+    shape = (5, 6, 7)
+    volume = (random.rand(*shape, 2) * 50).astype(np.float32)
+    energies = utils.unary_from_labels(random.randint(0, L + 1, shape), L, 0.7)
+    d = dcrf.DenseCRF(volume[..., 0].size, L)
+    d.setUnaryEnergy(energies)
+    for features, compat in (
+        (utils.create_pairwise_gaussian((2, 3, 4), shape), 3),
+        (utils.create_pairwise_bilateral((4, 5, 6), (20, 30), volume, chdim=3), 5),
+    ):
+        features[:3] = features[2::-1].copy()
+        d.addPairwiseEnergy(features, compat)
+    layer = DenseCRF(4, ((4, 3, 2), 3.0), ((6, 5, 4), (20, 30), 5.0))
+    logits = -torch.from_numpy(energies).reshape(1, L, *shape)
+    expected = layer(logits, torch.from_numpy(volume).movedim(-1, 0)[None])
+    np.testing.assert_allclose(
+        np.array(d.inference(4)), expected[0].flatten(1).numpy(), rtol=0, atol=1e-5
+    )
+
+
 def test_result_is_a_column_major_buffer(unary, image):
     q = crf_2d(unary, image).inference(2)
     view = memoryview(q)
