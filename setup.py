@@ -1,7 +1,7 @@
 """Builds fastseg._C: every csrc/*/*_cpu.cpp and, where nvcc is wanted, every csrc/*/*_cuda.cu.
 
 Environment: FASTSEG_CUDA=auto|0|1, FASTSEG_CUDA_ARCHS="80;90a", FASTSEG_DEBUG=1, CUDA_HOME,
-MAX_JOBS.
+MAX_JOBS, FASTSEG_CXXFLAGS (after the flags below).
 """
 
 import os
@@ -66,6 +66,7 @@ cxx += [
     "-fno-math-errno",
     "-Wall",
     "-Wno-unknown-pragmas",
+    *os.environ.get("FASTSEG_CXXFLAGS", "").split(),
 ]
 defines = [
     ("TORCH_TARGET_VERSION", TORCH_TARGET + "ULL"),
