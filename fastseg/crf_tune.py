@@ -163,18 +163,18 @@ def tune(
         The score without a CRF, and all trials, best first.
     """
     without = evaluate(examples, None, border)
-    trials: dict[tuple[float, ...], Trial] = {}
+    trials: dict[str, Trial] = {}
 
     def rank(trial: Trial) -> tuple[bool, float, float]:
         s = trial.score
         return s.miou >= without.miou, s.border_accuracy, s.miou
 
     def attempt(parameters: dict[str, float]) -> Trial:
-        key = tuple(parameters.values())
+        trial = Trial(parameters, without)
+        preset = trial.preset(iters)
+        key = str(preset)  # the widths of a term without weight do not matter
         if key not in trials:
-            trial = Trial(parameters, without)
-            crf = DenseCRF(unary="probs", **trial.preset(iters))
-            trial.score = evaluate(examples, crf, border)
+            trial.score = evaluate(examples, DenseCRF(unary="probs", **preset), border)
             trials[key] = trial
             report(trial)
         return trials[key]
@@ -183,7 +183,7 @@ def tune(
     for _ in range(sweeps):
         before = best
         for name, levels in LEVELS.items():
-            best = max((attempt({**best.parameters, name: v}) for v in levels), key=rank)
+            best = max((attempt({**best.parameters, name: float(v)}) for v in levels), key=rank)
         if best is before:
             break
     return without, sorted(trials.values(), key=rank, reverse=True)

@@ -36,6 +36,7 @@ def test_tuning_raises_accuracy_near_borders(tmp_path):
         without, trials = tune(examples, report=seen.append)
         again = tune(examples)[1]
     assert len(seen) == len(trials) > 10
+    assert len({str(t.preset(5)) for t in trials}) == len(trials)  # none is measured twice
     assert [t.parameters for t in again] == [t.parameters for t in trials]
     assert trials[0].score.border_accuracy > without.border_accuracy
     assert trials[0].score.miou >= without.miou
