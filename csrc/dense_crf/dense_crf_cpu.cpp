@@ -55,6 +55,7 @@ template <typename T>
 struct Problem {
   int64_t labels, points, iterations;
   const T* unary;  // (labels, points)
+  T sign;          // logits are sign * unary
   const T* start;  // beliefs to start from, or null
   bool point_major;
   T* out;
@@ -89,7 +90,8 @@ class LabelRows {
   bool load(int64_t tile, int points, T* constant, T* rows, T* factor) const {
     const auto& kernels = lattice_kernels<T>();
     load_tile(problem_.tiling, tile, problem_.unary, problem_.points, problem_.labels, width,
-              constant, static_cast<T>(-kLog2E), -std::numeric_limits<T>::infinity());
+              constant, static_cast<T>(kLog2E) * problem_.sign,
+              -std::numeric_limits<T>::infinity());
     const bool valid = kernels.shift_logits(constant, points, width);
     if (problem_.start == nullptr) {
       std::copy_n(constant, points * width, rows);
@@ -159,9 +161,9 @@ class TwoLabels {
     problem_.tiling.for_each_run(tile, [&](int64_t begin, int64_t length, int64_t position) {
       const T *u0 = problem_.unary + begin, *u1 = u0 + problem_.points;
       for (int64_t i = 0; i < length; ++i) {
-        bad |=
-            !(u0[i] > -kInfinity) | !(u1[i] > -kInfinity) | !(std::min(u0[i], u1[i]) < kInfinity);
-        constant[position + i] = static_cast<T>(kLog2E) * (u0[i] - u1[i]);
+        const T x0 = problem_.sign * u0[i], x1 = problem_.sign * u1[i];
+        bad |= !(x0 < kInfinity) | !(x1 < kInfinity) | !(std::max(x0, x1) > -kInfinity);
+        constant[position + i] = static_cast<T>(kLog2E) * (x1 - x0);
       }
     });
     lattice_kernels<T>().logistic(constant, points, rows, factor);
@@ -269,13 +271,15 @@ bool mean_field(const Problem<T>& problem, Form form) {
   return true;
 }
 
-// unary (B, L, N) energies -> beliefs after `iterations` updates, (B, L, N), or (B, N, L) if
-// `point_major`. Term k uses `lattice_counts[k]` consecutive lattices, B or one for all images, and
-// coefficients[k], (L) or a symmetric (L, L): the message it adds to the logits is
-// coefficients * (K Q). The first update starts from `start`, or from soft-max(-unary).
+// unary (B, L, N), energies or their negatives `logits` -> beliefs after `iterations` updates,
+// (B, L, N), or (B, N, L) if `point_major`. Term k uses `lattice_counts[k]` consecutive lattices, B
+// or one for all images, and coefficients[k], (L) or a symmetric (L, L): the message it adds to the
+// logits is coefficients * (K Q). The first update starts from `start`, or from the soft-max of the
+// logits.
 Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vector<Tensor> lattices,
                      std::vector<int64_t> lattice_counts, std::vector<Tensor> coefficients,
-                     int64_t height, int64_t width, int64_t iterations, bool point_major) {
+                     int64_t height, int64_t width, int64_t iterations, bool point_major,
+                     bool logits) {
   FASTSEG_CHECK(unary.dim() == 3 && unary.is_contiguous(),
                 "dense_crf: unary must be contiguous with shape (B, L, N)");
   const int64_t batch = unary.size(0), labels = unary.size(1), points = unary.size(2);
@@ -318,6 +322,7 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
                          points,
                          iterations,
                          unary.const_data_ptr<T>() + offset,
+                         logits ? T(1) : T(-1),
                          start ? start->template const_data_ptr<T>() + offset : nullptr,
                          point_major,
                          out.mutable_data_ptr<T>() + offset,
@@ -339,9 +344,8 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
     });
     valid = all_valid;
   });
-  FASTSEG_CHECK(valid,
-                "dense_crf: unary must hold no NaN or -inf, and a finite energy for some label of "
-                "every point");
+  FASTSEG_CHECK(valid, "dense_crf: unary must hold no NaN or ", logits ? "+inf" : "-inf",
+                ", and a finite ", logits ? "logit" : "energy", " for some label of every point");
   return out;
 }
 
@@ -350,7 +354,8 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "dense_crf(Tensor unary, Tensor? start, Tensor[] lattices, int[] lattice_counts, Tensor[] "
-      "coefficients, int height, int width, int iterations, bool point_major) -> Tensor");
+      "coefficients, int height, int width, int iterations, bool point_major, bool "
+      "logits) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) { m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu)); }
 

@@ -269,7 +269,7 @@ void run_updates(const Terms& terms, const Tensor& unary, int64_t b, int64_t ima
 Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
                       std::vector<Tensor> lattices, std::vector<int64_t> lattice_counts,
                       std::vector<Tensor> coefficients, int64_t height, int64_t width,
-                      int64_t iterations, bool point_major) {
+                      int64_t iterations, bool point_major, bool logits) {
   FASTSEG_CHECK(unary.dim() == 3 && unary.is_contiguous(),
                 "dense_crf: unary must be contiguous with shape (B, L, N)");
   const int64_t batch = unary.size(0), labels = unary.size(1), points = unary.size(2);
@@ -298,8 +298,8 @@ Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
     T* beliefs = belief_memory.mutable_data_ptr<T>();
     for (int64_t b = 0; b < batch; b += images) {
       const int64_t offset = b * labels * points;
-      planes_to_rows(unary.const_data_ptr<T>() + offset, images, points, labels, row, T(-1),
-                     -kInfinity<T>, energies, stream);
+      planes_to_rows(unary.const_data_ptr<T>() + offset, images, points, labels, row,
+                     logits ? T(1) : T(-1), -kInfinity<T>, energies, stream);
       launch_update(Messages<T, T>{}, images, points, static_cast<int>(labels), row,
                     static_cast<const T*>(energies), beliefs,
                     static_cast<int32_t*>(invalid.mutable_data_ptr()), stream);
@@ -324,8 +324,8 @@ Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
   if (is_capturing(stream)) return out;
   const Tensor found = copy_to_host(invalid, stream);
   FASTSEG_CHECK(*static_cast<const int32_t*>(found.const_data_ptr()) == 0,
-                "dense_crf: unary must hold no NaN or -inf, and a finite energy for some label of "
-                "every point");
+                "dense_crf: unary must hold no NaN or ", logits ? "+inf" : "-inf",
+                ", and a finite ", logits ? "logit" : "energy", " for some label of every point");
   return out;
 }
 

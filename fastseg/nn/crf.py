@@ -220,27 +220,29 @@ class DenseCRF(nn.Module):
         return weight if self.compatibility is None else weight * self.compatibility
 
     def forward(self, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        energy, terms, start = self._problem(x, image)
+        unary, terms, start = self._problem(x, image)
         return dense_crf(
-            energy,
+            unary,
             terms,
             iterations=self.iters,
             start=start,
             mask=mask,
             tolerance=self.tolerance,
+            logits=self.unary == "logits",
         )
 
     def steps(
         self, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None
     ) -> Iterator[Tensor]:
         """The beliefs before the first update and after each, without an end."""
-        energy, terms, start = self._problem(x, image)
+        unary, terms, start = self._problem(x, image)
+        logits = self.unary == "logits"
         if mask is None:
             terms = [replace(term, features=term.lattice(), kernel=None) for term in terms]
-        q = dense_crf(energy, terms, iterations=0, start=start, mask=mask)
+        q = dense_crf(unary, terms, iterations=0, start=start, mask=mask, logits=logits)
         while True:
             yield q
-            q = dense_crf(energy, terms, iterations=1, start=q, mask=mask)
+            q = dense_crf(unary, terms, iterations=1, start=q, mask=mask, logits=logits)
 
     def kl_divergence(
         self, q: Tensor, x: Tensor, image: Tensor | None = None, mask: Tensor | None = None
@@ -253,24 +255,25 @@ class DenseCRF(nn.Module):
     def _problem(
         self, x: Tensor, image: Tensor | None
     ) -> tuple[Tensor, list[PairwiseTerm], Tensor | None]:
-        """Unary energies up to a constant of each point, which soft-max ignores, pairwise terms and
-        the beliefs to start from, None for the usual ones."""
-        energy = -_as_float(x) if self.unary == "logits" else self.energies(x)
-        spatial = energy.shape[2:]
+        """Unary energies, or the logits of which they are the negatives up to a constant of each
+        point, pairwise terms and the beliefs to start from, None for the usual ones."""
+        logits = self.unary == "logits"
+        unary = _as_float(x) if logits else self.energies(x)
+        spatial = unary.shape[2:]
         if image is not None and (
-            image.dim() != energy.dim()
-            or image.shape[0] != energy.shape[0]
+            image.dim() != unary.dim()
+            or image.shape[0] != unary.shape[0]
             or image.shape[2:] != spatial
         ):
             raise ValueError(
-                f"DenseCRF: image must have shape ({energy.shape[0]}, C, "
+                f"DenseCRF: image must have shape ({unary.shape[0]}, C, "
                 f"{', '.join(map(str, spatial))}) to match x, got {tuple(image.shape)}"
             )
         start = None
         if self.start == "hard":
-            best = energy.argmin(1, keepdim=True)
-            start = torch.zeros_like(energy).scatter_(1, best, 1.0)
-        return energy, self.terms(image, spatial, energy), start
+            best = unary.argmax(1, keepdim=True) if logits else unary.argmin(1, keepdim=True)
+            start = torch.zeros_like(unary).scatter_(1, best, 1.0)
+        return unary, self.terms(image, spatial, unary), start
 
     def extra_repr(self) -> str:
         return (

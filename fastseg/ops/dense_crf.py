@@ -92,6 +92,7 @@ def dense_crf(
     start: Tensor | None = None,
     mask: Tensor | None = None,
     tolerance: float = 0.0,
+    logits: bool = False,
 ) -> Tensor:
     """Beliefs after mean-field updates; ``dense_crf_reference`` states the exact ones.
 
@@ -109,6 +110,8 @@ def dense_crf(
             if they did not exist, and their features may be anything; they get softmax(-unary).
         tolerance: if positive, an image stops after the first update that changed all of its
             beliefs by less than this, and after ``iterations`` at the latest.
+        logits: ``unary`` holds logits, the negatives of energies: the same beliefs without the
+            time and memory of a negated copy.
 
     Returns:
         Probabilities of the shape and dtype of ``unary``, the same bits for any number of threads.
@@ -141,11 +144,12 @@ def dense_crf(
         _check_mask("dense_crf", mask, unary)
     if unary.numel() == 0:
         return unary.clone()
-    energy = unary.to(_compute_dtype(unary))
-    start = None if start is None else start.to(energy.dtype)
+    u = unary.to(_compute_dtype(unary))
+    start = None if start is None else start.to(u.dtype)
     if mask is None:
-        beliefs = _solve(energy, terms, iterations, start, tolerance)
+        beliefs = _solve(u, terms, iterations, start, tolerance, logits)
     else:
+        energy = -u if logits else u
         beliefs = _solve_masked(energy, terms, iterations, start, tolerance, mask)
     return beliefs.to(unary.dtype)
 
@@ -190,14 +194,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _solve(
-    energy: Tensor,
+    unary: Tensor,
     terms: Sequence[PairwiseTerm],
     iterations: int,
     start: Tensor | None,
     tolerance: float,
+    logits: bool = False,
 ) -> Tensor:
-    """dense_crf without a mask: all points of energy (B, L, \\*spatial) take part."""
-    height, width = grid_shape(energy.shape[2:])
+    """dense_crf without a mask: all points of unary (B, L, \\*spatial) take part."""
+    height, width = grid_shape(unary.shape[2:])
     features: list[Tensor] = []
     lattices: list[Tensor] = []
     counts: list[int] = []
@@ -209,26 +214,26 @@ def _solve(
                 f"dense_crf: features and unary must have one number of points, got "
                 f"{lattice.points} and {height * width}"
             )
-        if len(lattice.tensors) not in (1, energy.shape[0]):
+        if len(lattice.tensors) not in (1, unary.shape[0]):
             raise ValueError(
                 f"dense_crf: features and unary must have one batch size, got "
-                f"{len(lattice.tensors)} and {energy.shape[0]}"
+                f"{len(lattice.tensors)} and {unary.shape[0]}"
             )
-        if lattice.features.dtype != energy.dtype:
+        if lattice.features.dtype != unary.dtype:
             raise ValueError(
-                f"dense_crf: features must be {energy.dtype} like the energies, "
+                f"dense_crf: features must be {unary.dtype} like the energies, "
                 f"got {lattice.features.dtype}"
             )
         features.append(lattice.features)
         lattices += lattice.tensors
         counts.append(len(lattice.tensors))
-        coefficients.append(term.coefficients(energy).contiguous())
+        coefficients.append(term.coefficients(unary).contiguous())
         height, width = lattice.height, lattice.width
     model = Model(features, lattices, counts, coefficients, height, width)
-    u = energy.flatten(2).contiguous()
+    u = unary.flatten(2).contiguous()
     q = None if start is None else start.flatten(2).contiguous()
-    beliefs = mean_field(u, q, model, iterations, tolerance)
-    return beliefs.reshape(energy.shape)
+    beliefs = mean_field(u, q, model, iterations, tolerance, logits)
+    return beliefs.reshape(unary.shape)
 
 
 def _check_mask(op: str, mask: Tensor, unary: Tensor) -> None:

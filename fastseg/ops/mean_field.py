@@ -37,16 +37,22 @@ class Model:
 
 
 def mean_field(
-    unary: Tensor, start: Tensor | None, model: Model, iterations: int, tolerance: float = 0.0
+    unary: Tensor,
+    start: Tensor | None,
+    model: Model,
+    iterations: int,
+    tolerance: float = 0.0,
+    logits: bool = False,
 ) -> Tensor:
     """fastseg::dense_crf for unary (B, L, N); differentiable in the features, too. A positive
     tolerance ends an image's updates early, see :func:`fastseg.ops.dense_crf`."""
     m = model
     if tolerance > 0:
-        return _until_still(unary, start, model, iterations, tolerance)
+        return _until_still(-unary if logits else unary, start, model, iterations, tolerance)
     if _too_large(unary, start, model):
-        return _in_groups(unary, start, model, iterations)
+        return _in_groups(-unary if logits else unary, start, model, iterations)
     if torch.is_grad_enabled() and any(f.requires_grad for f in m.features):
+        unary = -unary if logits else unary
         features = [f.contiguous() for f in m.features]
         return dense_crf_at(
             unary,
@@ -60,7 +66,16 @@ def mean_field(
             iterations,
         )
     return torch.ops.fastseg.dense_crf(
-        unary, start, m.lattices, m.counts, m.coefficients, m.height, m.width, iterations, False
+        unary,
+        start,
+        m.lattices,
+        m.counts,
+        m.coefficients,
+        m.height,
+        m.width,
+        iterations,
+        False,
+        logits,
     )
 
 
@@ -165,7 +180,7 @@ def dense_crf_at(
     iterations: int,
 ) -> Tensor:
     return torch.ops.fastseg.dense_crf(
-        unary, start, lattices, counts, coefficients, height, width, iterations, False
+        unary, start, lattices, counts, coefficients, height, width, iterations, False, False
     )
 
 
@@ -175,7 +190,18 @@ def _(unary, start, features, lattices, counts, coefficients, height, width, ite
 
 
 @torch.library.register_fake("fastseg::dense_crf")
-def _(unary, start, lattices, counts, coefficients, height, width, iterations, point_major):
+def _(
+    unary,
+    start,
+    lattices,
+    counts,
+    coefficients,
+    height,
+    width,
+    iterations,
+    point_major,
+    logits,
+):
     b, labels, n = unary.shape
     return unary.new_empty(b, n, labels) if point_major else torch.empty_like(unary)
 
@@ -206,7 +232,7 @@ def _unrolled_gradient(
 
     def updates(beliefs: Tensor | None, steps: int) -> Tensor:
         return torch.ops.fastseg.dense_crf(
-            unary, beliefs, lattices, counts, coefficients, *grid, steps, False
+            unary, beliefs, lattices, counts, coefficients, *grid, steps, False, False
         )
 
     def softmax_adjoint(g: Tensor, q: Tensor) -> Tensor:
@@ -259,9 +285,9 @@ def _unrolled_gradient(
 
 
 def _setup(ctx, inputs, output):
-    unary, start, lattices, counts, coefficients, height, width, iterations, point_major = inputs
+    unary, start, lattices, counts, coefficients, height, width, iterations, *options = inputs
     ctx.save_for_backward(unary, start, output)
-    ctx.point_major = point_major
+    ctx.point_major, ctx.logits = options
     ctx.model = lattices, counts, coefficients, (height, width), iterations
 
 
@@ -270,15 +296,17 @@ def _backward(ctx, grad):
     if ctx.point_major:
         grad, output = grad.transpose(1, 2).contiguous(), output.transpose(1, 2).contiguous()
     lattices, _, coefficients, *_ = ctx.model
+    unary = -unary if ctx.logits else unary
     grad_unary, grad_start, _, grad_coefficients = _unrolled_gradient(
         unary, start, output, grad, [None] * len(coefficients), *ctx.model
     )
     return (
-        grad_unary,
+        -grad_unary if ctx.logits else grad_unary,
         grad_start,
         [None] * len(lattices),
         None if lattices else [],  # torch takes an empty list for one of tensors
         grad_coefficients,
+        None,
         None,
         None,
         None,

@@ -221,10 +221,40 @@ def test_operator_registration():
         2,
         False,
     )
-    opcheck(torch.ops.fastseg.dense_crf.default, arguments)
+    opcheck(torch.ops.fastseg.dense_crf.default, (*arguments, False))
+    opcheck(torch.ops.fastseg.dense_crf.default, (*arguments, True))
     crf = DenseCRF(iters=2)
     compiled = torch.compile(crf, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(-unary, image), crf(-unary, image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_logits_are_negative_energies(labels):
+    unary, image = scene(17, 21, labels)
+    features = bilateral_features(image, 5.0, 30.0)
+    mask = torch.ones(1, 17, 21, dtype=torch.bool)
+    mask[:, 3:6] = False
+
+    def gradient(sign, features, **options):
+        x = (sign * unary).requires_grad_()
+        q = dense_crf(x, [PairwiseTerm(features, 2.0)], logits=sign < 0, **options)
+        (q * image.mean(1, keepdim=True)).sum().backward()
+        return q, sign * x.grad
+
+    wanting = features.clone().requires_grad_()
+    for f, options in [(features, {}), (wanting, {}), (features, {"mask": mask})]:
+        for got, expected in zip(
+            gradient(-1, f, **options), gradient(1, f, **options), strict=True
+        ):
+            assert torch.equal(got, expected)
+    with torch.no_grad():
+        terms = [PairwiseTerm(features, 2.0)]
+        early = [dense_crf(s * unary, terms, tolerance=1e-2, logits=s < 0) for s in (1, -1)]
+        assert torch.equal(*early)
+        broken = -unary
+        broken[0, 1, 3, 4] = math.inf
+        with pytest.raises(ValueError, match=r"no NaN or \+inf, and a finite logit for some"):
+            dense_crf(broken, terms, logits=True)
 
 
 def test_training_through_the_layer():

@@ -204,6 +204,7 @@ class DenseCRF:
             *(self._grid or (1, self._nvar)),
             iterations,
             True,
+            False,
         )
         matrix = MatrixXf()
         matrix.source = q[0].numpy().T
