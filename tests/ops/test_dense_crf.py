@@ -229,7 +229,7 @@ def test_operator_registration():
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-def test_logits_are_negative_energies(labels):
+def test_logits_are_negative_energies(labels, not_emulated):
     unary, image = scene(17, 21, labels)
     features = bilateral_features(image, 5.0, 30.0)
     mask = torch.ones(1, 17, 21, dtype=torch.bool)
