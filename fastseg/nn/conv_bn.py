@@ -1,5 +1,6 @@
 """Convolution + batch norm + activation as one layer."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,11 @@ from ..ops._layout import image_layout
 from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
 from ..ops.sync_bn import sync_conv_bn_act
 from .packed import SIZES, PackedConv2d, unsupported
+
+# Multiply-adds below which a layer by itself is left to torch: at 0.6 million (16 channels, 16x16)
+# its checks cost more than the convolution gains, at 9 million (64x64) NCHW input still loses by
+# its two conversions of the layout, at 156 million (64 channels, 65x65) every layout gains.
+SMALLEST_PACKED = 30_000_000
 
 
 @dataclass
@@ -240,6 +246,8 @@ class ConvBNReLU2d(nn.Module):
                 kept.shapes.clear()
             # Its matrix product is on a par with torch's: that does not repay the memory.
             shape = packed.output_shape(x) if packed.algorithm(x)[0] else None
+            if shape is not None and math.prod(shape) * weight[0].numel() < SMALLEST_PACKED:
+                shape = None
             kept.shapes[size] = shape
         if shape is None or (residual is not None and residual.shape != shape):
             return None

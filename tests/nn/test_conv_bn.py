@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastseg.nn.conv_bn as conv_bn
 from fastseg.nn import ConvBNReLU2d
 from tests.conftest import assert_as_accurate
 
@@ -192,7 +193,8 @@ def runs_packed(layer, *args):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(9, 8), (33, 40), (11, 5)])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
-def test_inference_is_packed(activation, size, layout):
+def test_inference_is_packed(activation, size, layout, monkeypatch):
+    monkeypatch.setattr(conv_bn, "SMALLEST_PACKED", 0)
     layer = ConvBNReLU2d(16, 24, 3, padding=2, dilation=2, activation=activation).eval()
     layer.bn.running_mean.normal_()
     layer.bn.running_var.uniform_(0.5, 1.5)
@@ -221,10 +223,13 @@ def test_inference_is_packed(activation, size, layout):
         torch.testing.assert_close(layer(x), layer.unfuse()(x), rtol=1e-4, atol=1e-4)
 
 
-def test_what_inference_leaves_to_torch():
+def test_what_inference_leaves_to_torch(monkeypatch):
     x = torch.randn(1, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     layer = ConvBNReLU2d(16, 16, 3, padding=1).eval()
     with torch.no_grad():
+        assert not runs_packed(layer, x)  # too small
+        assert runs_packed(layer, torch.randn(2, 16, 96, 96))
+        monkeypatch.setattr(conv_bn, "SMALLEST_PACKED", 0)
         assert runs_packed(layer, x)
         assert not runs_packed(ConvBNReLU2d(16, 16, 3, padding=1, accuracy="strict").eval(), x)
         assert not runs_packed(ConvBNReLU2d(16, 16, 3, groups=2).eval(), x)
