@@ -58,3 +58,25 @@ def test_tells_textures_apart(name, threads):
     train(model, lambda: mosaics(False, 96, 4), steps=steps, lr=lr)
     torch.manual_seed(1)
     assert iou(model, *mosaics(True, 96, 12)).mean() >= enough
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["basic", "large"])
+def test_context_module_improves_the_front_end(context, threads):
+    """In the paper's two steps: the front end, then the context module on its frozen scores."""
+    threads(1)
+    options = {"num_classes": 3, "in_channels": 1, **SAME}
+    front = models.dilated_frontend_vgg16(**options)
+    train(front, lambda: mosaics(False, 96, 4), steps=150, lr=0.001)
+    model = models.dilated8_vgg16(context=context, **options)
+    missing, unexpected = model.load_state_dict(front.state_dict(), strict=False)
+    assert all(key.startswith("context.") for key in missing)
+    assert not unexpected
+    for parameter in (*model.backbone.parameters(), *model.head.parameters()):
+        parameter.requires_grad_(False)
+    train(model, lambda: mosaics(False, 96, 4), steps=100, lr=0.001)
+    torch.manual_seed(1)
+    held_out = mosaics(True, 96, 12)
+    before, after = (iou(m, *held_out).mean() for m in (front, model))
+    assert before >= 0.34
+    assert after > before
