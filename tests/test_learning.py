@@ -37,7 +37,7 @@ TEXTURES = {
     "deeplabv3": (deeplabv3, (BLOCKS,), {"width": 8, "aux": True}, 60, 0.01, 0.70),
     "fcn8s_vgg16": (models.fcn8s_vgg16, (), VGG, 100, 0.003, 0.45),
     "segnet_basic": (models.segnet_basic, (), {"width": 16}, 60, 0.01, 0.42),
-    "segnet_vgg16": (models.segnet_vgg16, (), {"width": 8}, 150, 0.01, 0.30),
+    "segnet_vgg16": (models.segnet_vgg16, (), {"width": 8}, 200, 0.005, 0.43),
     "dilated_frontend": (models.dilated_frontend_vgg16, (), SAME, 150, 0.001, 0.34),
     "deeplabv1": (models.deeplabv1_largefov_vgg16, (), VGG, 150, 0.001, 0.42),
     "deeplabv2_vgg16": (models.deeplabv2_vgg16, (), VGG, 150, 0.001, 0.38),
