@@ -37,7 +37,7 @@ def updates(ops, unary, features, grid, iterations, storage=0, coefficient=4.0):
     coefficients = [torch.full((labels,), coefficient), 2 * torch.eye(labels)]
     counts = [len(lattices), 1]
     return ops.dense_crf(
-        unary, None, lattices + shared, counts, coefficients, *grid, iterations, False
+        unary, None, lattices + shared, counts, coefficients, *grid, iterations, False, False
     )
 
 
@@ -144,4 +144,4 @@ def test_values_of_vertices_stored_in_16_bits(storage, dtype):
     torch.testing.assert_close(filtered, expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-3)
     two = [torch.ones(21), torch.ones(21)]
     with pytest.raises(ValueError, match="one storage"):
-        CUDA.dense_crf(unary, None, lattices + plain, [1, 1], two, *grid, 1, False)
+        CUDA.dense_crf(unary, None, lattices + plain, [1, 1], two, *grid, 1, False, False)

@@ -64,8 +64,8 @@ def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0, batch=1):
     return [
         ops.permutohedral_filter(unary, lattices[:batch], False),
         ops.permutohedral_filter(unary, lattices[batch:], True),
-        ops.dense_crf(unary, None, lattices, counts, coefficients, height, width, 3, False),
-        ops.dense_crf(unary, unary, lattices, counts, coefficients, height, width, 1, True),
+        ops.dense_crf(unary, None, lattices, counts, coefficients, height, width, 3, False, False),
+        ops.dense_crf(unary, unary, lattices, counts, coefficients, height, width, 1, True, False),
     ]
 
 
