@@ -150,7 +150,10 @@ def test_forward(name, slope, seeded):
     "name", ["taps skipped", "more tiles than blocks", "few columns, ragged", "tf32", "strided"]
 )
 def test_statistics(name, seeded):
-    layer = LAYERS[name]
+    check_statistics(LAYERS[name], seeded)
+
+
+def check_statistics(layer, seeded):
     x, weight = layer.tensors()
     bias = torch.randn(layer.K).to(layer.dtype) * 30  # means far from 0 against the deviation
     y, mean, var = seeded(lambda ops: ops.conv_stats(x, weight, bias, *layer.geometry, True))
