@@ -82,3 +82,11 @@ def test_primitives_equal_plain_loops(seed):
     report = library.test_primitives(ctypes.c_uint(seed), True).decode()
     assert len(re.findall("^ok ", report, re.MULTILINE)) == 16, report
     assert "WRONG" not in report, report
+
+
+def test_layers_and_networks_wait_for_nothing_on_fake_cuda_tensors():
+    library = build.build([build.HERE / "fake_cuda.cpp"], "fake_cuda")
+    command = [sys.executable, "-m", "tests.cuda_emulation.run_fake_cuda", library]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("ok ") >= 40

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastseg import _C
+from fastseg.nn import ASPP, ConvBNReLU2d, DenseCRF
 
 from . import build
 from .test_conv import BF16, HALF, LAST, Layer, dilated
@@ -157,6 +158,25 @@ class OnCuda:
         with torch.cuda.graph(graph):
             results = call()
         return results, graph.replay
+
+
+@pytest.mark.parametrize("layer", ["crf", "aspp", "convolution"])
+def test_layers_on_cuda(layer):
+    """Whole layers, with what torch does in them."""
+    on = OnCuda("own")
+    module, inputs = {
+        "crf": (DenseCRF(iters=3), [(2, 5, 20, 24), (2, 3, 20, 24)]),
+        "aspp": (ASPP(16, 8, (2, 4)).half(), [(2, 16, 13, 11)]),
+        "convolution": (ConvBNReLU2d(16, 8, 3, padding=2, dilation=2).half(), [(2, 16, 13, 11)]),
+    }[layer]
+    module = module.cuda().eval().requires_grad_(False)
+    dtype = torch.float32 if layer == "crf" else torch.float16
+    first, second = ([torch.rand(shape, device="cuda").to(dtype) for shape in inputs] for _ in "ab")
+    result, replay = on.capture(lambda: module(*first))
+    for place, t in zip(first, second, strict=True):
+        place.copy_(t)
+    replay()
+    torch.testing.assert_close(result, module(*second), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("machine", [Emulated, OnCuda], ids=["emulated", "on_cuda"])
