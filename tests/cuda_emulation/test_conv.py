@@ -1,4 +1,4 @@
-"""The convolution kernels on tensor cores, emulated and on CUDA: every code path against float64,
+"""The convolution kernels on mma.sync, emulated and on CUDA: every code path against float64,
 three orders of the threads, counts of instructions, and what autograd makes of the kernels.
 """
 
@@ -24,7 +24,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def _own_kernels(monkeypatch):
-    monkeypatch.setenv("FASTSEG_CONV", "own")
+    monkeypatch.setenv("FASTSEG_CONV", "mma")
 
 
 @dataclass
