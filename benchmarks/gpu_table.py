@@ -158,11 +158,15 @@ def write(results: dict[str, Any], folder: Path = HERE) -> Path:
     return path
 
 
-def measure(seconds: float, report: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(
+    seconds: float, save: Callable[[dict[str, Any]], object], report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The results; what there is of them goes to `save` after every case, for a run that is cut."""
     end = time.monotonic() + seconds
     limits = ceilings()
     report(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     rows: list[dict[str, Any]] = []
+    results = {**facts(), "ceilings": limits, "rows": rows}
     for case in cases():
         try:
             if time.monotonic() > end:
@@ -173,8 +177,9 @@ def measure(seconds: float, report: Callable[[str], None] = print) -> dict[str, 
         rows.append(row)
         shown = ", ".join(f"{name} {t:.0f} us" for name, t in row.get("us", {}).items())
         report(f"{case.name}: {shown or row['error']}")
+        save(results)
         torch.cuda.empty_cache()
-    return {**facts(), "ceilings": limits, "rows": rows}
+    return results
 
 
 def main(arguments: list[str]) -> int:
@@ -194,7 +199,7 @@ def main(arguments: list[str]) -> int:
     limit = "1e9"
     if "--seconds" in arguments:
         limit = arguments[arguments.index("--seconds") + 1]
-    results = measure(float(limit))
+    results = measure(float(limit), write)
     print(f"wrote {write(results)}")
     return 1 if any("error" in row for row in results["rows"]) else 0
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu_table
 from benchmarks.gpu_cases import Case, cases
@@ -68,6 +69,34 @@ def test_readme_has_the_marks_and_no_made_up_numbers():
     assert gpu_table.insert(text, "x") != text
     with pytest.raises(ValueError, match="lacks its marks"):
         gpu_table.insert("no marks", "x")
+
+
+def test_a_run_that_is_cut_has_written_what_it_measured(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{gpu_table.BEGIN}\nold\n{gpu_table.END}\n")
+    facts = {key: value for key, value in made_up().items() if key not in ("rows", "ceilings")}
+    case = Case(
+        "a case", 1.5, 2e9, 1e6, ("eager", "fastseg"), lambda: {"eager": 9.0, "fastseg": 6.0}
+    )
+
+    def killed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_table, "facts", lambda: facts)
+    monkeypatch.setattr(gpu_table, "ceilings", lambda: made_up()["ceilings"])
+    monkeypatch.setattr(gpu_table, "medians", lambda times: times)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    broken = Case("broken", None, 0, 0, ("fastseg",), lambda: {}["no such variant"])
+    last = Case("last", None, 0, 0, ("fastseg",), killed)
+    monkeypatch.setattr(gpu_table, "cases", lambda: [case, broken, last])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_table.measure(1e9, lambda results: gpu_table.write(results, tmp_path))
+    (path,) = (tmp_path / "results").iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["a case", "broken"]
+    assert rows[0]["ratio"] == 1.5
+    assert "no such variant" in rows[1]["error"]
+    assert "| a case | 20.0 | 6.0 | 9.0 (eager) | 1.50 | 1.5 |" in readme.read_text()
 
 
 def test_cases_are_named_once_and_measure_fastseg():

@@ -160,7 +160,8 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             Args&&... args) {
   const std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(args)...);
-  emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
+  emulation::submit(
+      [=] { emulation::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); }); });
 }
 
 #define FASTSEG_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastseg_emulated, CPU, m)

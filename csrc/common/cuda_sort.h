@@ -61,12 +61,14 @@ void radix_sort(const Tensor& like, const Key* keys, Key* sorted, int32_t* order
 #if defined(FASTSEG_EMULATE)
   static_cast<void>(like);
   static_cast<void>(stream);
-  const int unused = static_cast<int>(8 * sizeof(Key)) - bits;
-  std::iota(order, order + count, 0);
-  std::stable_sort(order, order + count, [&](int32_t a, int32_t b) {
-    return static_cast<Key>(keys[a] << unused) < static_cast<Key>(keys[b] << unused);
+  emulation::submit([=] {
+    const int unused = static_cast<int>(8 * sizeof(Key)) - bits;
+    std::iota(order, order + count, 0);
+    std::stable_sort(order, order + count, [&](int32_t a, int32_t b) {
+      return static_cast<Key>(keys[a] << unused) < static_cast<Key>(keys[b] << unused);
+    });
+    for (int64_t i = 0; i < count; ++i) sorted[i] = keys[order[i]];
   });
-  for (int64_t i = 0; i < count; ++i) sorted[i] = keys[order[i]];
 #else
   const auto words = [&](ScalarType type) { return torch::stable::new_empty(like, {count}, type); };
   Tensor halves = words(ScalarType::Long), sorted_halves = words(ScalarType::Long);
@@ -97,7 +99,7 @@ inline void inclusive_sum(const Tensor& like, const int32_t* values, int32_t* su
 #if defined(FASTSEG_EMULATE)
   static_cast<void>(like);
   static_cast<void>(stream);
-  std::partial_sum(values, values + count, sums);
+  emulation::submit([=] { std::partial_sum(values, values + count, sums); });
 #else
   detail::with_workspace(like, "prefix sum", [&](void* workspace, size_t& bytes) {
     return cub::DeviceScan::InclusiveSum(workspace, bytes, values, sums, static_cast<int>(count),

@@ -104,7 +104,7 @@ bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool st
   const DeviceLimits device = device_limits();
   const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
   double cost = mma_cost(rows, cols);
-  if (!statistics && x.element_size() == 2) cost = std::min(cost, wgmma_cost(rows, cols));
+  if (x.element_size() == 2) cost = std::min(cost, wgmma_cost(rows, cols));
   const double tiles = std::ceil(static_cast<double>(x.size(0)) * rows.out * cols.out / kConvTile) *
                        std::ceil(static_cast<double>(weight.size(0)) / kConvTile);
   const double waves = tiles / device.multiprocessors;
@@ -197,24 +197,25 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
       const ConvBranch& b = conv.branch[i];
       conv.whole = conv.whole && b.K % 8 == 0 && aligned_16(static_cast<const char*>(b.bias));
     }
+    const auto partials_of = [&](int64_t rows_of_tile) -> Moments<float>* {
+      if (moments == nullptr) return nullptr;
+      const int64_t tiles = ceil_div<int64_t>(z.size(0) * z.size(2) * z.size(3), kConvTile);
+      *moments =
+          torch::stable::new_empty(x, {tiles * rows_of_tile, 3 * z.size(1)}, ScalarType::Float);
+      return reinterpret_cast<Moments<float>*>(moments->mutable_data_ptr<float>());
+    };
     if constexpr (sizeof(T) == 2) {
-      if (moments == nullptr && wgmma_pays(conv)) {
+      if (wgmma_pays(conv)) {
         FASTSEG_COUNT("conv.cuda_wgmma");
         const int columns = plan_conv_wgmma(conv);
         Tensor workspace;
         const StreamK stream_k = exchange(x, conv.schedule, columns, workspace);
         return launch_conv_wgmma<T>(conv, columns, stream_k, x.const_data_ptr<T>(), added,
-                                    z.mutable_data_ptr<T>(), current_stream(x));
+                                    partials_of(2), z.mutable_data_ptr<T>(), current_stream(x));
       }
     }
     plan(conv, wide, static_cast<int64_t>(x.element_size()));
-    Moments<float>* partials = nullptr;
-    if (moments != nullptr) {
-      const int64_t pixels = z.size(0) * z.size(2) * z.size(3);
-      *moments = torch::stable::new_empty(x, {ceil_div<int64_t>(pixels, kConvTile), 3 * z.size(1)},
-                                          ScalarType::Float);
-      partials = reinterpret_cast<Moments<float>*>(moments->mutable_data_ptr<float>());
-    }
+    Moments<float>* const partials = partials_of(1);
     Tensor workspace;
     const StreamK stream_k = exchange(x, conv.schedule, wide ? 128 : 64, workspace);
     launch_conv_forward<T>(conv, wide, stream_k, x.const_data_ptr<T>(), added, partials,

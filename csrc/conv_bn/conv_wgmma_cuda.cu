@@ -46,6 +46,7 @@ struct WgmmaConv {
   Schedule schedule;
   ConvBranch branch[kMaxBranches];
   ConvEpilogue<T> epilogue;  // without the bias, which is the branch's
+  Moments<float>* moments;   // or null, as in conv_gemm.h
   TensorMap x[kMaxBranches], weight[kMaxBranches];
 };
 
@@ -81,6 +82,29 @@ __device__ __forceinline__ float* partial_of(const StreamK& stream_k, int block,
 }
 constexpr int kAllConsumers = 1 + kConsumers;  // named barrier; each warpgroup has its own before
 constexpr int kPartialStep = kConsumers * kWarpgroup * 4;
+
+// The moments of a column of the slab over its first `pixels` rows, in the lanes below 8 of each
+// warp, which has 8 columns: four lanes take every fourth row each.
+__device__ __forceinline__ Moments<float> column_moments(const float* slab, int column, int lane,
+                                                         int pixels) {
+  const int first = lane / 8, count = max(pixels - first + 3, 0) / 4;
+  const float* at = slab + first * kSlabStride + column;
+  Moments<float> own{static_cast<float>(count), 0, 0};
+  for (int i = 0; i < count; ++i) own.mean += at[i * 4 * kSlabStride];
+  if (count > 0) own.mean /= own.n;
+  for (int i = 0; i < count; ++i) {
+    const float delta = at[i * 4 * kSlabStride] - own.mean;
+    own.m2 += delta * delta;
+  }
+#pragma unroll
+  for (int step = 16; step >= 8; step /= 2) {
+    const Moments<float> other{__shfl_down_sync(0xffffffffu, own.n, step),
+                               __shfl_down_sync(0xffffffffu, own.mean, step),
+                               __shfl_down_sync(0xffffffffu, own.m2, step)};
+    own.merge(other);
+  }
+  return own;
+}
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -198,7 +222,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     ConvEpilogue<T> epilogue = conv.epilogue;
     epilogue.bias = static_cast<const T*>(branch.bias);
-    const int row = t % kWarpgroup / 32 * 16 + lane / 4;  // and row + 8
+    const int warp = t % kWarpgroup / 32, row = warp * 16 + lane / 4;  // and row + 8
+    const int64_t first_pixel = int64_t{row_tile} * kPixels + half * 64;
+    const int pixels = static_cast<int>(min(conv.pixels - first_pixel, int64_t{64}));  // maybe < 0
 #pragma unroll
     for (int first = 0; first < kColumns; first += kSlab) {
 #pragma unroll
@@ -207,15 +233,23 @@ __global__ void __launch_bounds__(kThreads, 1)
         store_vector(slab + (row + i / 2 % 2 * 8) * kSlabStride + i / 4 * 8 + lane % 4 * 2, pair);
       }
       named_barrier_sync(1 + half, kWarpgroup);
+      if (conv.moments != nullptr) {
+        const int column = warp * 8 + lane % 8, channel = first_column + first + column;
+        Moments<float> own = column_moments(slab, column, lane, pixels);
+        if (lane < 8 && channel < branch.K) {
+          if (epilogue.bias) own.mean += static_cast<float>(epilogue.bias[channel]);
+          conv.moments[(int64_t{row_tile} * kConsumers + half) * branch.K + channel] = own;
+        }
+      }
       for (int item = t % kWarpgroup; item < 64 * (kSlab / 8); item += kWarpgroup) {
         const int line = item / (kSlab / 8), k = item % (kSlab / 8) * 8;
-        const int64_t pixel = int64_t{row_tile} * kPixels + half * 64 + line;
         const int channel = first_column + first + k;
-        if (pixel >= conv.pixels || channel >= branch.K) continue;
+        if (line >= pixels || channel >= branch.K) continue;
         float values[8];
         load_vector(slab + line * kSlabStride + k, values);
-        epilogue.store(values, pixel * conv.z_stride + branch.first_channel + channel, channel,
-                       branch.K - channel);
+        epilogue.store(values,
+                       (first_pixel + line) * conv.z_stride + branch.first_channel + channel,
+                       channel, branch.K - channel);
       }
       named_barrier_sync(1 + half, kWarpgroup);
     }
@@ -285,13 +319,14 @@ int plan_conv_wgmma(ConvForward& conv) {
 
 template <typename T>
 void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stream_k, const T* x,
-                       const T* residual, T* z, cudaStream_t stream) {
+                       const T* residual, Moments<float>* moments, T* z, cudaStream_t stream) {
   WgmmaConv<T> launched{};
   launched.C = conv.C;
   launched.z_stride = conv.z_stride;
   launched.pixels = int64_t{conv.N} * conv.branch[0].rows.out * conv.branch[0].cols.out;
   launched.schedule = conv.schedule;
   launched.epilogue = {nullptr, residual, z, conv.slope, conv.whole != 0};
+  launched.moments = moments;
   for (int b = 0; b < conv.branches; ++b) {
     const ConvBranch& branch = launched.branch[b] = conv.branch[b];
     const ConvAxis &rows = branch.rows, &cols = branch.cols;
@@ -324,9 +359,9 @@ void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stre
   }
 }
 
-#define FASTSEG_INSTANTIATE(T)                                                                     \
-  template void launch_conv_wgmma(const ConvForward&, int, const StreamK&, const T*, const T*, T*, \
-                                  cudaStream_t);
+#define FASTSEG_INSTANTIATE(T)                                                                 \
+  template void launch_conv_wgmma(const ConvForward&, int, const StreamK&, const T*, const T*, \
+                                  Moments<float>*, T*, cudaStream_t);
 FASTSEG_INSTANTIATE(Half)
 FASTSEG_INSTANTIATE(BFloat16)
 #undef FASTSEG_INSTANTIATE

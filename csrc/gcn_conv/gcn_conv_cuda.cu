@@ -273,18 +273,11 @@ Tensor product(const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   const Tensor right = torch::stable::transpose(b, 0, 1);
   const int64_t size[] = {a.size(0), b.size(0)};
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // torch has this overload on CUDA only
     const Tensor out = torch::stable::new_empty(a, {size, 2}, ScalarType::Float);
-#if defined(FASTSEG_EMULATE)  // torch has that product on CUDA only
-    const auto wide = [](const Tensor& x) { return torch::stable::to(x, ScalarType::Float); };
-    std::array<StableIValue, 3> stack{from(wide(a)), from(wide(right)), from(out)};
-    const char* overload = "out";
-#else
     std::array<StableIValue, 4> stack{from(a), from(right), from(ScalarType::Float), from(out)};
-    const char* overload = "dtype_out";
-#endif
     TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   } else {
     const Tensor out = torch::stable::new_empty(a, {size, 2});

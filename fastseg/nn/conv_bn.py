@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._kept import may_keep
 from ..ops._layout import image_layout
 from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
 from ..ops.sync_bn import sync_conv_bn_act
@@ -206,7 +207,8 @@ class ConvBNReLU2d(nn.Module):
                 weight, bias = fold_bn(*sources, bn.eps)  # type: ignore[arg-type]
                 weight = weight.to(dtype, memory_format=layout)
                 folded = _Folded(tensors, state, weight, bias.to(dtype))
-            self._folded = folded
+            if may_keep(folded.bias):
+                self._folded = folded
         return folded.weight, folded.bias
 
     def _packed(self, x: Tensor, residual: Tensor | None, weight: Tensor) -> PackedConv2d | None:

@@ -72,10 +72,11 @@ class PairwiseTerm:
     def coefficients(self, unary: Tensor) -> Tensor:
         """Factors of the filtered beliefs in the message: (L), or a symmetric (L, L)."""
         labels, c = unary.shape[1], self.compatibility
-        if not isinstance(c, Tensor) or c.dim() == 0:
-            weight = torch.as_tensor(c, dtype=unary.dtype, device=unary.device)
-            return weight.expand(labels)
+        if not isinstance(c, Tensor):
+            return unary.new_full((labels,), c)
         c = c.to(unary)
+        if c.dim() == 0:
+            return c.expand(labels)
         if c.dim() > 2 or set(c.shape) != {labels}:
             raise ValueError(
                 f"dense_crf: compatibility must be a number, ({labels},) or ({labels}, {labels}) "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._kept import may_keep
 from .permutohedral import PermutohedralLattice
 
 
@@ -51,7 +51,8 @@ def bilateral_features(
         )
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     sigmas = _positive("bilateral_features", "sigma_rgb", sigma_rgb, image.shape[1])
-    colour = torch.tensor(sigmas, dtype=dtype, device=image.device)
+    # Filled where it is: a copy from the host could not be captured in a CUDA graph.
+    colour = torch.cat([torch.full((1,), s, dtype=dtype, device=image.device) for s in sigmas])
     position = gaussian_features(image.shape[2:], sigma_xy, dtype=dtype, device=image.device)
     return torch.cat(
         [
@@ -72,29 +73,28 @@ def gaussian_lattice(
 ) -> PermutohedralLattice:
     """The lattice of :func:`gaussian_features`; the latest few are kept, since they depend on the
     shape alone."""
+    device = torch.device(device)
     if torch.compiler.is_compiling():
         features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
         return PermutohedralLattice(features, normalization)
-    return _cached_lattice(
-        tuple(map(int, spatial)), _as_tuple(sigma), normalization, dtype, str(device)
-    )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    width = tuple(map(float, sigma)) if isinstance(sigma, Sequence) else float(sigma)
+    key = (tuple(map(int, spatial)), width, normalization, dtype, device)
+    lattice = _LATTICES.get(key)
+    if lattice is None:
+        with torch.inference_mode(False):
+            features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
+            lattice = PermutohedralLattice(features, normalization)
+        if may_keep(features):
+            for old in list(_LATTICES)[: 1 - KEPT]:
+                _LATTICES.pop(old, None)
+            _LATTICES[key] = lattice
+    return lattice
 
 
-def _as_tuple(sigma: float | Sequence[float]) -> float | tuple[float, ...]:
-    return tuple(map(float, sigma)) if isinstance(sigma, Sequence) else float(sigma)
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_lattice(
-    spatial: tuple[int, ...],
-    sigma: float | tuple[float, ...],
-    normalization: str,
-    dtype: torch.dtype,
-    device: str,
-) -> PermutohedralLattice:
-    with torch.inference_mode(False):
-        features = gaussian_features(spatial, sigma, dtype=dtype, device=device)
-        return PermutohedralLattice(features, normalization)
+KEPT = 8  # lattices
+_LATTICES: dict[tuple, PermutohedralLattice] = {}  # oldest first
 
 
 def _positive(op: str, name: str, sigma: float | Sequence[float], count: int) -> list[float]:

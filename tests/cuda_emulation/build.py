@@ -12,11 +12,12 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).resolve().parent
@@ -114,6 +115,7 @@ class Emulator:
 
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(str(path))
+        self.library.fastseg_emulation_replay.restype = ctypes.c_char_p
 
     def seed(self, seed: int) -> None:
         """Chooses the order in which the threads of each block run; 0 is by thread number."""
@@ -129,13 +131,20 @@ class Emulator:
             self.library.fastseg_emulation_compute_capability(8)
 
     @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Inside the with block a graph seems to be captured: copies to the host fail."""
+    def capturing(self) -> Iterator[Callable[[], None]]:
+        """Inside the with block a graph is captured: copies to the host fail. Yields what replays
+        it, on the memory that it was given, until the next capture."""
+        self.library.fastseg_emulation_keep_memory(True)
         self.library.fastseg_emulation_capturing(True)
         try:
-            yield
+            yield self._replay
         finally:
             self.library.fastseg_emulation_capturing(False)
+            self.library.fastseg_emulation_keep_memory(False)
+
+    def _replay(self) -> None:
+        if error := self.library.fastseg_emulation_replay():
+            raise RuntimeError(error.decode())
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
@@ -152,6 +161,14 @@ class Emulator:
             counts.update(zip(self.COUNTERS, values, strict=True))
 
 
+def _mm_dtype_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """aten::mm.dtype_out, which torch has on CUDA only, with the checks that it makes there."""
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    assert out.dtype == out_dtype, (out.dtype, out_dtype)
+    assert out_dtype == torch.float32, out_dtype
+    return torch.mm(a.float(), b.float(), out=out)
+
+
 @functools.cache
 def emulated_library() -> Emulator:
     """All CUDA kernels of the project as fastseg_emulated::<op>, with the schemas of fastseg::<op>.
@@ -159,13 +176,15 @@ def emulated_library() -> Emulator:
     FASTSEG_SANITIZE=address|thread builds it with that sanitizer, for a process started with
     ``preload(...)`` in its environment.
     """
-    sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+    sources = [HERE / "memory.cpp", *sorted(ROOT.glob("csrc/*/*_cuda.cu"))]
     emulator = Emulator(build(sources, "fastseg_emulated", os.environ.get("FASTSEG_SANITIZE", "")))
     emulator.ops = [
         name.removeprefix("fastseg_emulated::")
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
         if name.startswith("fastseg_emulated::")
     ]
+    emulator.aten = torch.library.Library("aten", "IMPL")
+    emulator.aten.impl("mm.dtype_out", _mm_dtype_out, "CPU")
     emulator.schemas = torch.library.Library("fastseg_emulated", "FRAGMENT")
     for name in emulator.ops:
         schema = str(getattr(torch.ops.fastseg, name).default._schema)

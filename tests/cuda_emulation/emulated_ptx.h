@@ -168,6 +168,9 @@ inline void named_barrier_sync(int id, int threads) {
 }
 
 inline void store_release(uint64_t* flag, uint64_t value) {
+  if (value != 0 && __atomic_load_n(flag, __ATOMIC_RELAXED) == value) {
+    emulation::fail("a flag stands before it is set: who waits must clear it for the next replay");
+  }
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }
 

@@ -139,6 +139,9 @@ void count_access(const void* address);         // one lane's part of a 128-bit 
 // Stops the whole launch: the launcher throws std::runtime_error with block and thread named.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// What goes to a stream: runs it, and while a graph is captured keeps it for replay().
+void submit(std::function<void()> work);
+
 // Runs body() once per CUDA thread of the grid.
 void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
               const std::function<void()>& body);

@@ -61,6 +61,26 @@ __global__ void global_sum(const int* x, int* sum, int bug) {
   }
 }
 
+// Running sums over blocks of 256 numbers: each block waits for that of the one before it.
+__global__ void relayed_sum(const float* x, float* sums, uint64_t* flags, int bug) {
+  constexpr uint64_t kSet = 7;
+  FASTSEG_SHARED(float, values, 256);
+  const int t = threadIdx.x, block = static_cast<int>(blockIdx.x);
+  values[t] = x[block * 256 + t];
+  __syncthreads();
+  if (t != 0) return;
+  float sum = 0;
+  for (int i = 0; i < 256; ++i) sum += values[i];
+  if (block > 0) {
+    if (bug != 2) wait_acquire(flags + block - 1, kSet);  // bug 2: not waited for
+    if (bug != 1) store_release(flags + block - 1, 0);    // bug 1: stands in the next launch
+    sum += sums[block - 1];
+  }
+  if (bug == 3) store_release(flags + block, kSet);  // bug 3: set before the sum is there
+  sums[block] = sum;
+  if (bug != 3 && block + 1 < static_cast<int>(gridDim.x)) store_release(flags + block, kSet);
+}
+
 // 64x64 products of 64x128 matrices through two stages of shared memory: one thread of warp 4 loads
 // boxes of 64x64, warps 0 to 3 multiply. out = x * x^T, by way of shared memory and a bulk store.
 __global__ void pipelined_product(const __grid_constant__ TensorMap in,
@@ -156,6 +176,12 @@ extern "C" const char* run_planted(const char* name, const void* in, void* out, 
     } else if (name == std::string("global_sum")) {
       launch(global_sum, blocks, 256, 0, nullptr, static_cast<const int*>(in),
              static_cast<int*>(out), bug);
+    } else if (name == std::string("relayed_sum")) {
+      std::vector<uint64_t> flags(blocks);
+      for (int replay = 0; replay < 2; ++replay) {
+        launch(relayed_sum, blocks, 256, 0, nullptr, static_cast<const float*>(in),
+               static_cast<float*>(out), flags.data(), bug);
+      }
     } else if (name == std::string("pipelined_product")) {
       launch_pipelined_product(in, out, bug);
     }

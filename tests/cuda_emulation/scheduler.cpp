@@ -858,6 +858,15 @@ char* warp_exchange(uint32_t mask, const char* what, const void* mine, size_t by
   return slots;
 }
 
+namespace {
+std::vector<std::function<void()>> graph;  // what was submitted during the last capture
+}
+
+void submit(std::function<void()> work) {
+  work();
+  if (capturing) graph.push_back(std::move(work));
+}
+
 void run_grid(dim3 grid_dim, dim3 block_dim, size_t dynamic_shared_bytes,
               const std::function<void()>& body) {
   const uint64_t blocks = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z;
@@ -905,7 +914,21 @@ extern "C" void fastseg_emulation_count_accesses(bool on) {
 extern "C" void fastseg_emulation_compute_capability(int major) {
   fastseg::emulation::compute_capability_major = major;
 }
-extern "C" void fastseg_emulation_capturing(bool on) { fastseg::emulation::capturing = on; }
+extern "C" void fastseg_emulation_capturing(bool on) {
+  if (on) fastseg::emulation::graph.clear();
+  fastseg::emulation::capturing = on;
+}
+// Runs the last graph that was captured; returns what failed.
+extern "C" const char* fastseg_emulation_replay() {
+  static std::string error;
+  try {
+    for (const auto& work : fastseg::emulation::graph) work();
+    return "";
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+}
 extern "C" void fastseg_emulation_counters(uint64_t* values, bool reset) {
   std::memcpy(values, &fastseg::emulation::counters, sizeof(fastseg::emulation::Counters));
   if (reset) fastseg::emulation::counters = {};

@@ -1,4 +1,4 @@
-"""The convolution kernels on tensor cores, emulated and on CUDA: every code path against float64,
+"""The convolution kernels on mma.sync, emulated and on CUDA: every code path against float64,
 three orders of the threads, counts of instructions, and what autograd makes of the kernels.
 """
 
@@ -24,7 +24,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def _own_kernels(monkeypatch):
-    monkeypatch.setenv("FASTSEG_CONV", "own")
+    monkeypatch.setenv("FASTSEG_CONV", "mma")
 
 
 @dataclass
@@ -150,7 +150,10 @@ def test_forward(name, slope, seeded):
     "name", ["taps skipped", "more tiles than blocks", "few columns, ragged", "tf32", "strided"]
 )
 def test_statistics(name, seeded):
-    layer = LAYERS[name]
+    check_statistics(LAYERS[name], seeded)
+
+
+def check_statistics(layer, seeded):
     x, weight = layer.tensors()
     bias = torch.randn(layer.K).to(layer.dtype) * 30  # means far from 0 against the deviation
     y, mean, var = seeded(lambda ops: ops.conv_stats(x, weight, bias, *layer.geometry, True))

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from fastseg import _C
 
 from . import build
-from .test_conv import BF16, HALF, LAYERS, Layer, branch_inputs, check, dilated
+from .test_conv import (
+    BF16,
+    HALF,
+    LAYERS,
+    Layer,
+    branch_inputs,
+    check,
+    check_statistics,
+    dilated,
+)
 from .test_kernels import OnCuda
 
 LAYERS = {
@@ -17,6 +26,7 @@ LAYERS = {
     "256 columns": Layer((1, 72, 16, 30), 520, **dilated(3)),
     "rate 127": Layer((2, 64, 16, 17), 128, BF16, **dilated(127)),
 }
+STATISTICS = ["taps skipped", "more tiles than blocks", "few columns, ragged", "256 columns"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +90,11 @@ def test_forward(name, slope, seeded):
         return torch.where(t > 0, t, slope * t)
 
     check(layer, z, reference)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics(name, seeded):
+    check_statistics(LAYERS[name], seeded)
 
 
 @pytest.mark.parametrize("name", ["taps skipped", "1x15", "even kernel, wide padding"])

@@ -51,10 +51,12 @@ def test_beliefs_equal_the_cpu(labels):
     assert (got - expected).abs().max() < 1e-4
 
 
-def test_a_constant_image_has_vertices_of_many_chunks():
-    grid = (40, 50)
-    features = torch.full((1, 5, 2000), 0.3)
-    unary = 2 * torch.rand(1, 5, 2000)
+@pytest.mark.parametrize("grid", [(8, 16), (3, 43), (10, 20), (40, 50)], ids=str)
+def test_a_constant_image_has_vertices_of_some_chunks(grid):
+    """Of 128 splats each: 1, 2, 2 and 16 chunks."""
+    points = grid[0] * grid[1]
+    features = torch.full((1, 5, points), 0.3)
+    unary = 2 * torch.rand(1, 5, points)
     expected = updates(FASTSEG, unary, features, grid, 5)
     got = updates(CUDA, unary, features, grid, 5)
     assert (got - expected).abs().max() < 1e-4
@@ -107,6 +109,34 @@ def test_more_vertices_than_the_capacity(emulator):
         assert captured[0].numel() < built[0].numel()
         assert CUDA.permutohedral_filter(values, captured, False).isnan().all()
         assert updates(CUDA, values, features, grid, 1).isnan().all()
+
+
+def with_vertices(wanted: int) -> torch.Tensor:
+    """Features (1, 1, 2730) of that many vertices: 2 each of 2047 places far from each other, and
+    2 to 4 of two neighbours."""
+    for step in torch.arange(0.0, 4.0, 0.05):
+        places = torch.cat([10 + 7.3 * torch.arange(2047), torch.tensor([0.1, 0.1 + step])])
+        features = places[torch.arange(2730) % len(places)].view(1, 1, -1).contiguous()
+        (lattice,) = FASTSEG.permutohedral_build(features, 1, 2730, SYMMETRIC)
+        if int(lattice[:80].view(torch.int64)[8]) == wanted:
+            return features
+    raise AssertionError(f"no features have {wanted} vertices")
+
+
+@pytest.mark.parametrize(("vertices", "fit"), [(4096, True), (4097, False)])
+def test_the_capacity_to_the_vertex(emulator, vertices, fit):
+    """2730 points have room for 4096 vertices."""
+    features, values = with_vertices(vertices), torch.rand(1, 3, 2730)
+    expected = FASTSEG.permutohedral_filter(
+        values, FASTSEG.permutohedral_build(features, 1, 2730, SYMMETRIC), False
+    )
+    with emulator.capturing():
+        captured = CUDA.permutohedral_build(features, 1, 2730, SYMMETRIC)
+        filtered = CUDA.permutohedral_filter(values, captured, False)
+    assert filtered.isnan().all() != fit
+    built = CUDA.permutohedral_build(features, 1, 2730, SYMMETRIC)
+    assert (built[0].numel() == captured[0].numel()) == fit
+    torch.testing.assert_close(CUDA.permutohedral_filter(values, built, False), expected)
 
 
 @pytest.mark.parametrize(

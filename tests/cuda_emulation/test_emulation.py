@@ -22,7 +22,9 @@ def run(kernel: str, bug: int, sanitizer: str = "", seed: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["block_sum", "staged_sum", "global_sum", "pipelined_product"])
+@pytest.mark.parametrize(
+    "kernel", ["block_sum", "staged_sum", "global_sum", "relayed_sum", "pipelined_product"]
+)
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 def test_right_kernels_pass(kernel, sanitizer):
     for seed in range(1 if sanitizer else 4):
@@ -48,6 +50,9 @@ def test_right_kernels_pass(kernel, sanitizer):
         pytest.param("staged_sum", 3, "", "multiples of 16", id="misaligned copy"),
         pytest.param("staged_sum", 4, "thread", "data race", id="stage overwritten too early"),
         pytest.param("global_sum", 1, "thread", "data race", id="blocks race in global memory"),
+        pytest.param("relayed_sum", 1, "", "flag stands before it is set", id="flag not cleared"),
+        pytest.param("relayed_sum", 2, "thread", "data race", id="flag not waited for"),
+        pytest.param("relayed_sum", 3, "thread", "data race", id="flag set too early"),
         *(
             pytest.param("pipelined_product", bug, "", report, id=name)
             for bug, report, name in (
@@ -77,3 +82,11 @@ def test_primitives_equal_plain_loops(seed):
     report = library.test_primitives(ctypes.c_uint(seed), True).decode()
     assert len(re.findall("^ok ", report, re.MULTILINE)) == 16, report
     assert "WRONG" not in report, report
+
+
+def test_layers_and_networks_wait_for_nothing_on_fake_cuda_tensors():
+    library = build.build([build.HERE / "fake_cuda.cpp"], "fake_cuda")
+    command = [sys.executable, "-m", "tests.cuda_emulation.run_fake_cuda", library]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("ok ") >= 40

@@ -52,15 +52,16 @@ def training(ops, channels, layout, dtype, residual, slope=0.0):
 
 
 def crf(ops, labels, full, dtype=torch.float32, d=5, spread=2.0, batch=1):
-    """Two lattices an image, their filter and its adjoint, and updates of the dense CRF."""
+    """Two lattices an image, their filter and its adjoint, and updates of the dense CRF, of whose
+    terms the last `full` have a matrix."""
     height, width = 6, 11
     lattices = []
     for features, normalization in ((d, 3), (2, 2)):
         f = torch.rand(batch, features, height * width, dtype=dtype) * spread
         lattices += ops.permutohedral_build(f, height, width, normalization)
     unary, counts = torch.rand(batch, labels, height * width, dtype=dtype), [batch, batch]
-    coefficients = [torch.rand(labels, dtype=dtype), torch.rand(labels, labels, dtype=dtype)]
-    coefficients[1] = coefficients[1] + coefficients[1].T if full else coefficients[0]
+    vector, matrix = torch.rand(labels, dtype=dtype), torch.rand(labels, labels, dtype=dtype)
+    coefficients = [vector] * (2 - full) + [matrix + matrix.T] * full
     return [
         ops.permutohedral_filter(unary, lattices[:batch], False),
         ops.permutohedral_filter(unary, lattices[batch:], True),
@@ -152,12 +153,13 @@ CASES = {
     "pool 3x3 nhwc": lambda ops: pooling(ops, (2, 8, 9, 7), torch.float16, LAST, (3, 2, 1)),
     "pool 3x3 nchw": lambda ops: pooling(ops, (2, 3, 9, 7), torch.bfloat16, CPU, (3, 2, 1)),
     "pool 5x5 nhwc": lambda ops: pooling(ops, (1, 9, 8, 9), torch.float32, LAST, (5, 3, 2)),
-    "crf": lambda ops: crf(ops, 5, False),
-    "crf, batch": lambda ops: crf(ops, 7, True, batch=3),
-    "crf, full matrix": lambda ops: crf(ops, 21, True),
-    "crf, heavy vertices": lambda ops: crf(ops, 2, True, d=3, spread=0.01),
-    "crf, many labels": lambda ops: crf(ops, 150, False, torch.float64),
-    "crf, wide keys": lambda ops: crf(ops, 3, False, d=16, spread=60.0),
+    "crf": lambda ops: crf(ops, 5, 0),
+    "crf, batch": lambda ops: crf(ops, 7, 1, batch=3),
+    "crf, full matrix": lambda ops: crf(ops, 21, 1),
+    "crf, two matrices": lambda ops: crf(ops, 21, 2),
+    "crf, heavy vertices": lambda ops: crf(ops, 2, 1, d=3, spread=0.01),
+    "crf, many labels": lambda ops: crf(ops, 150, 0, torch.float64),
+    "crf, wide keys": lambda ops: crf(ops, 3, 0, d=16, spread=60.0),
     "batch norm halves nhwc": lambda ops: halves(ops, torch.float32, LAST, True, 0.0),
     "batch norm halves nchw": lambda ops: halves(ops, torch.float64, CPU, False, 0.1),
     "batch norm nhwc": lambda ops: training(ops, 16, LAST, torch.float32, True),
