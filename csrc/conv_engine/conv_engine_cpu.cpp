@@ -88,16 +88,20 @@ int64_t task_tiles(const Conv& conv, int64_t points) {
                              std::max<int64_t>(kMaxRows, 8 * l2_bytes() / tile_bytes));
 }
 
-template <class Scheme, class Conv>
-void run_winograd(const Conv& conv, int64_t tiles) {
+template <class Pair, class Conv>
+void run_winograd(const Conv& conv) {
+  const TileGrid grid(Pair{}, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = task_tiles(conv, Scheme::kProducts * Scheme::kProducts);
-  const int64_t parts = std::min(tiles, round_up(ceil_div(tiles, most), threads));
-  const int64_t floats =
-      FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::scratch_size)(conv, ceil_div(tiles, parts));
-  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Scheme, Conv>::run);
+  const int64_t most = task_tiles(conv, grid.weight[0]) * grid.weight[0];
+  const int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    tiles = std::max(tiles, grid.part_begin(parts, i + 1) - grid.part_begin(parts, i));
+  }
+  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, tiles);
+  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
   parallel_tasks(parts, [&](int64_t part) {
-    kernel(conv, part_begin(tiles, parts, part), part_begin(tiles, parts, part + 1),
+    kernel(conv, grid, grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
            scratch<TaskBuffer>(floats));
   });
 }
@@ -186,9 +190,13 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   FASTSEG_CHECK(o.tile != kLineTile ||
                     (o.dilation_h == 1 && o.dilation_w == 1 && (o.S == 1 ? o.pad_w : o.pad_h) == 0),
                 "conv_engine: tile 5 needs dilation 1 and padding along the kernel alone");
-  FASTSEG_CHECK(o.tile != 1 || (o.pad_h == o.dilation_h && o.pad_w == o.dilation_w &&
-                                conv.H <= 2 * o.dilation_h && conv.W <= 2 * o.dilation_w),
-                "conv_engine: bordered tiles need padding == dilation >= half of the input");
+  const int64_t most = o.tile == 1 ? 2 : 3;  // pixels of a sub-grid
+  FASTSEG_CHECK((o.tile != 1 && o.tile != 3) ||
+                    (o.pad_h == o.dilation_h && o.pad_w == o.dilation_w &&
+                     conv.H <= most * o.dilation_h && conv.W <= most * o.dilation_w),
+                "conv_engine: bordered tiles need padding == dilation and sub-grids of at most ",
+                most, " pixels, got ", conv.H, "x", conv.W, " at dilation ", o.dilation_h, "x",
+                o.dilation_w);
   const int64_t size = packed_size<E>(conv.K, conv.C, o.R * o.S, o.tile);
   FASTSEG_CHECK(
       packed.is_contiguous() && packed.numel() == size + round_up(conv.K, kPanel) * kPerWord<E>,
@@ -209,12 +217,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
     if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);
   } else {
     FASTSEG_COUNT("conv_engine.winograd");
-    dispatch_tile<E>(o.tile, [&](auto scheme) {
-      using Scheme = decltype(scheme);
-      const int64_t tiles = conv.N * TileAxis(conv.Ho, conv.dilation_h, Scheme::kOut).count() *
-                            TileAxis(conv.Wo, conv.dilation_w, Scheme::kOut).count();
-      run_winograd<Scheme>(conv, tiles);
-    });
+    dispatch_tile<E>(o.tile, [&](auto pair) { run_winograd<decltype(pair)>(conv); });
   }
 }
 

@@ -14,25 +14,26 @@ namespace conv_engine {
 // The number of the one-dimensional form among the tiles.
 constexpr int64_t kLineTile = 5;
 
-// Calls fn with the scheme of that number for operands E: the one list of square Winograd kernels.
+// Calls fn with the pair of tiles of that number for operands E: the one list of square Winograd
+// kernels.
 template <typename E, typename Fn>
 void dispatch_tile(int64_t tile, Fn&& fn) {
   constexpr bool kRounded = std::is_same_v<E, BFloat16>;
   switch (tile) {
     case 1:
-      return fn(Bordered{});
+      return fn(BorderedPair{});
     case 2:
-      return fn(Winograd<2>{});
+      return fn(WinogradPair<2>{});
     case 3:
-      return fn(Winograd<3>{});
+      return fn(BorderedTriple{});
     case 4:
-      return fn(std::conditional_t<kRounded, Winograd<4, 3, RoundedPoints>, Winograd<4>>{});
+      return fn(std::conditional_t<kRounded, WinogradPair<4, RoundedPoints>, WinogradPair<4>>{});
     case 6:
-      if constexpr (!kRounded) return fn(Winograd<6>{});
+      if constexpr (!kRounded) return fn(WinogradPair<6>{});
       [[fallthrough]];
     default:
       fail_check(
-          "conv_engine: tile must be 0 (GEMM), 1 (bordered), 2, 3, 4, 6 (Winograd) or 5 "
+          "conv_engine: tile must be 0 (GEMM), 1, 3 (bordered), 2, 4, 6 (Winograd) or 5 "
           "(Winograd along one axis), of bfloat16 products 0 to 4, got ",
           tile);
   }
@@ -47,7 +48,7 @@ int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
            round_up(C, kGroup);
   }
   int64_t points = 0;
-  dispatch_tile<E>(tile, [&](auto scheme) { points = scheme.kProducts * scheme.kProducts; });
+  dispatch_tile<E>(tile, [&](auto pair) { points = pair.kProducts * pair.kProducts; });
   return round_up(K, kPanel) * points * round_up(C, kLine<E>);
 }
 

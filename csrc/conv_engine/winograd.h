@@ -48,7 +48,10 @@ struct RoundedPoints {
   static constexpr double kPoints[] = {0.70710678118654752, 1.41421356237309505};
 };
 
-template <int kOutputs, int kTaps = 3, class Points = WinogradPoints<kOutputs, kTaps>>
+// kFirst = 1 leaves the point 0 out of F(kOutputs + 1, kTaps), and with it the first output and
+// input, which no other product has to do with: the other products are the same.
+template <int kOutputs, int kTaps = 3, class Points = WinogradPoints<kOutputs, kTaps>,
+          int kFirst = 0>
 struct Winograd {
   static constexpr int kOut = kOutputs;
   static constexpr int kIn = kOut + kTaps - 1;
@@ -56,6 +59,8 @@ struct Winograd {
   static constexpr int kOffset = 0;            // first input, counted from the first tap
   static constexpr int kZero = (kIn - 1) % 2;  // 1 if the point 0 is used
   static constexpr int kPairs = (kIn - 1) / 2;
+  static constexpr int kFirstPower = kFirst;
+  static_assert(kFirst == 0 || kZero == 0, "the longer tile must have the point 0");
 
   // Point of row `row` in the order 0 (if kZero), +p0, -p0, +p1, ...; infinity comes last.
   static double point(int row) {
@@ -83,7 +88,7 @@ struct Winograd {
   struct Coefficients {
     float polynomial[kPairs + 1][kPairs + 1] = {};  // [i]: prod_{j != i} (y - p_j^2) by power of y;
                                                     // [kPairs]: the product over all j
-    float power[kPairs][kOut] = {};                 // p_i^t
+    float power[kPairs][kOut + kFirst] = {};        // p_i^t
   };
   static constexpr Coefficients coefficients() {
     Coefficients result;
@@ -100,7 +105,7 @@ struct Winograd {
     }
     for (int i = 0; i < kPairs; ++i) {
       double power = 1;
-      for (int t = 0; t < kOut; ++t, power *= p[i]) result.power[i][t] = float(power);
+      for (int t = 0; t < kOut + kFirst; ++t, power *= p[i]) result.power[i][t] = float(power);
     }
     return result;
   }
@@ -119,28 +124,114 @@ struct Bordered {
   }
 };
 
+// One output between zero borders, where only the middle tap sees the image.
+struct Single {
+  static constexpr int kOut = 1, kIn = 1, kProducts = 1, kOffset = 1;
+};
+
+// The two tiles that an axis is cut into, of kOut outputs and of one less. Their products are
+// numbered together: those of the short tile begin at kShortFirst and may be among the long one's,
+// then both meet the same transformed weights.
+template <class LongTile, class ShortTile, int kShortFirst>
+struct TilePair {
+  using Long = LongTile;
+  using Short = ShortTile;
+  static constexpr int kOut = Long::kOut;
+  static constexpr int kFirst[2] = {0, kShortFirst};
+  static constexpr int kCount[2] = {Long::kProducts, Short::kProducts};
+  static constexpr int kProducts =
+      kCount[0] > kShortFirst + kCount[1] ? kCount[0] : kShortFirst + kCount[1];
+  static_assert(Short::kOut == kOut - 1);
+
+  static void weight_row(int row, double (&g)[3]) {
+    if constexpr (kProducts > Long::kProducts) {
+      if (row >= Long::kProducts) return Short::weight_row(row - kShortFirst, g);
+    }
+    Long::weight_row(row, g);
+  }
+};
+
+// F(m, 3) and F(m - 1, 3) without its point 0.
+template <int kOut, class Points = WinogradPoints<kOut, 3>>
+using WinogradPair = TilePair<Winograd<kOut, 3, Points>, Winograd<kOut - 1, 3, Points, 1>, 1>;
+
+// For sub-grids of up to two and up to three pixels between zero borders.
+using BorderedPair = TilePair<Bordered, Single, 0>;
+using BorderedTriple = TilePair<Winograd<3>, Bordered, Winograd<3>::kProducts>;
+
 // The tiles along one axis of a dilated convolution of stride 1. Outputs of equal phase (position
 // modulo the dilation) form a dense grid, on which the convolution is not dilated at all; each
-// phase is cut into tiles of `tile` outputs. The first `long_phases` phases have one output more.
-struct TileAxis {
-  int64_t dilation, tile, long_phases, long_tiles, short_tiles;
-
-  TileAxis(int64_t outputs, int64_t dilation, int64_t tile)
-      : dilation(dilation),
-        tile(tile),
-        long_phases(outputs % dilation),
-        long_tiles(ceil_div(outputs / dilation + 1, tile)),
-        short_tiles(ceil_div(outputs / dilation, tile)) {}
-
-  int64_t count() const {
-    return long_phases * long_tiles + (dilation - long_phases) * short_tiles;
+// phase is cut into long tiles of `tile` outputs and short ones of one less, so many that the tiles
+// end where the phase does if they can. The first phases have one output more than the others.
+class TileAxis {
+ public:
+  TileAxis(int64_t outputs, int64_t dilation, int64_t tile) : dilation_(dilation), tile_(tile) {
+    const int64_t length = outputs / dilation, longer = outputs % dilation;
+    cut(kinds_[0], longer, length + 1);
+    cut(kinds_[1], dilation - longer, length);
   }
-  // Position of the first output of tile t; the others follow at the distance of the dilation.
-  int64_t first(int64_t t) const {
-    const int64_t in_long = long_phases * long_tiles;
-    if (t < in_long) return t / long_tiles + t % long_tiles * tile * dilation;
-    t -= in_long;
-    return long_phases + t / short_tiles + t % short_tiles * tile * dilation;
+
+  // Tiles of a length: 0 for the long, 1 for the short ones.
+  int64_t count(int length) const {
+    return kinds_[0].phases * kinds_[0].tiles[length] + kinds_[1].phases * kinds_[1].tiles[length];
+  }
+  // Position of the first output of tile t of that length; the others follow at the distance of
+  // the dilation.
+  int64_t first(int length, int64_t t) const {
+    const int64_t before = kinds_[0].phases * kinds_[0].tiles[length];
+    const bool later = t >= before;
+    const Phases& p = kinds_[later];
+    if (later) t -= before;
+    const int64_t phase = t / p.tiles[length], i = t - phase * p.tiles[length];
+    const int64_t at = length == 0 ? i * tile_ : p.tiles[0] * tile_ + i * (tile_ - 1);
+    return (later ? kinds_[0].phases : 0) + phase + at * dilation_;
+  }
+
+ private:
+  struct Phases {
+    int64_t phases, tiles[2];
+  };
+  void cut(Phases& p, int64_t phases, int64_t outputs) const {
+    const int64_t tiles = ceil_div(outputs, tile_), spare = tiles * tile_ - outputs;
+    p.phases = phases;
+    p.tiles[1] = spare < tiles ? spare : tiles;
+    p.tiles[0] = tiles - p.tiles[1];
+  }
+
+  int64_t dilation_, tile_;
+  Phases kinds_[2];
+};
+
+// All tiles of a batch in the order of their shape: 2 * (short in y) + (short in x).
+struct TileGrid {
+  TileAxis y, x;
+  int64_t begin[5];   // where the tiles of a shape begin, and their end
+  int64_t weight[4];  // products of a tile
+
+  template <class Pair>
+  TileGrid(Pair, int64_t N, int64_t Ho, int64_t dilation_h, int64_t Wo, int64_t dilation_w)
+      : y(Ho, dilation_h, Pair::kOut), x(Wo, dilation_w, Pair::kOut), begin{} {
+    for (int shape = 0; shape < 4; ++shape) {
+      begin[shape + 1] = begin[shape] + N * y.count(shape / 2) * x.count(shape % 2);
+      weight[shape] = Pair::kCount[shape / 2] * Pair::kCount[shape % 2];
+    }
+  }
+
+  int64_t products() const { return products_before(4); }
+  // Part i of n with about equal products begins at this tile.
+  int64_t part_begin(int64_t n, int64_t i) const {
+    const int64_t target = products() * i / n;
+    int shape = 0;
+    while (shape < 3 && products_before(shape + 1) <= target) ++shape;
+    const int64_t rest = target - products_before(shape);
+    return begin[shape] + ceil_div(rest, weight[shape]);
+  }
+
+ private:
+  int64_t products_before(int shape) const {
+    int64_t sum = 0;
+    for (int i = 0; i < shape; ++i) sum += (begin[i + 1] - begin[i]) * weight[i];
+    return sum;
   }
 };
 

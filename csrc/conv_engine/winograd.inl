@@ -1,14 +1,16 @@
 // 3x3 convolution of stride 1 and any dilation by Winograd F(m x m, 3 x 3) on the tiles of
-// winograd.h. Tiles are grouped in blocks of up to kRows: the rows of a register tile.
+// winograd.h, of two lengths along each axis. Tiles of one shape are grouped in blocks of up to
+// kRows: the rows of a register tile. A block takes part in the points that its shape has.
 //   V (transformed input) of a piece of C, point and block: [C / kLine][rows][kLine]
 //   packed weight: [piece][point][panel][C / kPerWord, of whole lines][kPanel][kPerWord]
 //   M (products) of a point: [tile][output channel]
 // Points of V and M, and tiles of M, lie a cache line further apart than they need to, so that they
 // do not fall on the same cache sets.
 
-template <int kOut, int kTaps, class P, int kIn>
-FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P>, const Vec (&d)[kIn], Vec (&v)[kIn]) {
-  using W = Winograd<kOut, kTaps, P>;
+template <int kOut, int kTaps, class P, int kFirst, int kIn>
+FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec (&d)[kIn],
+                                    Vec (&v)[kIn]) {
+  using W = Winograd<kOut, kTaps, P, kFirst>;
   constexpr int kZ = W::kZero, kPairs = W::kPairs;
   constexpr auto kCoef = W::coefficients();
   Vec infinity = d[2 * kPairs + kZ];  // the leading coefficient of every polynomial is 1
@@ -34,10 +36,10 @@ FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P>, const Vec (&d)[kIn
   }
 }
 
-template <int kOut, int kTaps, class P, int kIn>
-FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P>, const Vec (&m)[kIn],
+template <int kOut, int kTaps, class P, int kFirst, int kIn>
+FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec (&m)[kIn],
                                      Vec (&y)[kOut]) {
-  using W = Winograd<kOut, kTaps, P>;
+  using W = Winograd<kOut, kTaps, P, kFirst>;
   constexpr auto kCoef = W::coefficients();
 #pragma GCC unroll 8
   for (int i = 0; i < W::kPairs; ++i) {
@@ -45,7 +47,7 @@ FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P>, const Vec (&m)[kI
     const Vec even = plus + minus, odd = plus - minus;
 #pragma GCC unroll 8
     for (int t = 0; t < kOut; ++t) {
-      const Vec term = (t % 2 ? odd : even) * kCoef.power[i][t];
+      const Vec term = ((t + kFirst) % 2 ? odd : even) * kCoef.power[i][t + kFirst];
       y[t] = i == 0 ? term : y[t] + term;
     }
   }
@@ -64,19 +66,23 @@ FASTSEG_INLINE void output_transform(Bordered, const Vec (&m)[3], Vec (&y)[2]) {
   y[1] = m[0] + m[2];
 }
 
-template <class Scheme, class Conv>
+FASTSEG_INLINE void input_transform(Single, const Vec (&d)[1], Vec (&v)[1]) { v[0] = d[0]; }
+FASTSEG_INLINE void output_transform(Single, const Vec (&m)[1], Vec (&y)[1]) { y[0] = m[0]; }
+
+template <class Pair, class Conv>
 struct WinogradKernel {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
 
-  // Tiles [begin, end), counted over (image, tile row, tile column), from input to output: no other
-  // thread waits for them. The points come one after the other, so that V and M, which may be
-  // larger than L2, pass through it once, and a point's V and weights are there while all panels
-  // and blocks use them. With panels outermost every one of them read all of V again: one thread
-  // took 51 instead of 31 ms for 512 channels.
-  static void run(const Conv& conv, int64_t begin, int64_t end, float* scratch) {
+  // Tiles [begin, end) of the grid from input to output: no other thread waits for them. The points
+  // come one after the other, so that V and M, which may be larger than L2, pass through it once,
+  // and a point's V and weights are there while all panels and blocks use them. With panels
+  // outermost every one of them read all of V again: one thread took 51 instead of 31 ms for 512
+  // channels. The blocks share the fetching of the next panel: when each of them asked for all of
+  // it, the first one waited for L3 (160 instead of 195 GFLOP/s).
+  static void run(const Conv& conv, const TileGrid& grid, int64_t begin, int64_t end,
+                  float* scratch) {
     const int64_t C = conv.channels(), tiles = end - begin;
-    const int64_t blocks = ceil_div(tiles, kRows);
     const int64_t v_point = v_point_size(conv, tiles), m_point = m_point_size(conv, tiles);
     E* v = reinterpret_cast<E*>(scratch);
     float* m = scratch + kPoints * v_point / kPerWord<E>;
@@ -85,24 +91,36 @@ struct WinogradKernel {
     const E* b = conv.weight;
     for (int64_t c = 0; c < C; c += kWinogradPiece) {
       const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = part_begin(tiles, blocks, i);
-        const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-        transform_input(conv, begin + first, rows, c, c + depth, zeros, v + first * depth, v_point);
-      }
+      for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
+        with_tiles(shape, [&](auto y, auto x) {
+          transform_input(y, x, conv, grid, shape, first, rows, c, c + depth, zeros,
+                          v + (first - begin) * depth, v_point);
+        });
+      });
       for (int64_t point = 0; point < kPoints; ++point) {
+        int64_t blocks = 0;
+        for_point(grid, begin, end, point, [&](int64_t, int64_t) { ++blocks; });
+        const int64_t steps = blocks > 0 ? ceil_div(kGroup, blocks) : 0;
         for (int64_t k = 0; k < conv.K; k += kPanel, b += depth * kPanel) {
-          for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = part_begin(tiles, blocks, i);
-            const int64_t rows = part_begin(tiles, blocks, i + 1) - first;
-            float* products = m + point * m_point + first * row_size(conv) + k;
-            gemm_tile(rows, columns(conv, k), v + point * v_point + first * depth, b, depth,
-                      StoreTile{products, c > 0, row_size(conv)});
-          }
+          int64_t fetched = 0;  // steps of the next panel
+          for_point(grid, begin, end, point, [&](int64_t first, int64_t rows) {
+            const int64_t left = kGroup - fetched;
+            const Ahead<E> ahead{b + (depth + fetched * depth / kGroup) * kPanel,
+                                 steps < left ? steps : left};
+            fetched += ahead.steps;
+            float* products = m + point * m_point + (first - begin) * row_size(conv) + k;
+            gemm_tile(rows, columns(conv, k), v + point * v_point + (first - begin) * depth, b,
+                      ahead, depth, StoreTile{products, c > 0, row_size(conv)});
+          });
         }
       }
     }
-    transform_output(conv, begin, tiles, m, m_point);
+    for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
+      with_tiles(shape, [&](auto y, auto x) {
+        transform_output(y, x, conv, grid, shape, first, rows, m + (first - begin) * row_size(conv),
+                         m_point);
+      });
+    });
     if (conv.stream) stream_fence();
   }
 
@@ -117,7 +135,7 @@ struct WinogradKernel {
   static void pack(const float* weight, int64_t K, int64_t C, int64_t panel, int64_t first,
                    E* packed) {
     double g[kProducts][3];
-    for (int i = 0; i < kProducts; ++i) Scheme::weight_row(i, g[i]);
+    for (int i = 0; i < kProducts; ++i) Pair::weight_row(i, g[i]);
     const int64_t panels = ceil_div(K, kPanel), columns = K - panel * kPanel;
     const int64_t piece = first / kWinogradPiece * kWinogradPiece;
     const int64_t rest = round_up(C, kLine<E>) - piece;
@@ -151,8 +169,54 @@ struct WinogradKernel {
   }
 
  private:
-  static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
-  static constexpr int kPoints = kProducts * kProducts;
+  static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
+
+  static bool takes_part(int length, int64_t product) {
+    return product >= Pair::kFirst[length] && product < Pair::kFirst[length] + Pair::kCount[length];
+  }
+
+  // fn(shape, first, rows) for the blocks of tiles [begin, end).
+  template <class Fn>
+  FASTSEG_MEMBER_INLINE static void for_blocks(const TileGrid& grid, int64_t begin, int64_t end,
+                                               const Fn& fn) {
+    for (int shape = 0; shape < 4; ++shape) {
+      const int64_t from = begin > grid.begin[shape] ? begin : grid.begin[shape];
+      const int64_t to = end < grid.begin[shape + 1] ? end : grid.begin[shape + 1];
+      if (from >= to) continue;
+      const int64_t blocks = ceil_div(to - from, kRows);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = part_begin(to - from, blocks, i);
+        fn(shape, from + first, part_begin(to - from, blocks, i + 1) - first);
+      }
+    }
+  }
+
+  // fn(first, rows) for those of them that take part in a point.
+  template <class Fn>
+  FASTSEG_MEMBER_INLINE static void for_point(const TileGrid& grid, int64_t begin, int64_t end,
+                                              int64_t point, const Fn& fn) {
+    for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
+      if (!takes_part(shape / 2, point / kProducts)) return;
+      if (takes_part(shape % 2, point % kProducts)) fn(first, rows);
+    });
+  }
+
+  // fn(tile in y, tile in x) of a shape.
+  template <class Fn>
+  static void with_tiles(int shape, const Fn& fn) {
+    using Long = typename Pair::Long;
+    using Short = typename Pair::Short;
+    switch (shape) {
+      case 0:
+        return fn(Long{}, Long{});
+      case 1:
+        return fn(Long{}, Short{});
+      case 2:
+        return fn(Short{}, Long{});
+      default:
+        return fn(Short{}, Short{});
+    }
+  }
 
   // Distance of the points in V and in M, and of the tiles in M.
   static int64_t v_point_size(const Conv& conv, int64_t tiles) {
@@ -167,64 +231,78 @@ struct WinogradKernel {
     return conv.K - k < kPanel ? conv.K - k : kPanel;
   }
 
+  // Where the outputs of tile `tile` of a shape begin.
+  struct Corner {
+    int64_t n, y, x;
+    Corner(const TileGrid& grid, int shape, int64_t tile) {
+      const int64_t in_y = grid.y.count(shape / 2), in_x = grid.x.count(shape % 2);
+      tile -= grid.begin[shape];
+      const int64_t row = tile / in_x;
+      n = row / in_y;
+      y = grid.y.first(shape / 2, row - n * in_y);
+      x = grid.x.first(shape % 2, tile - row * in_x);
+    }
+  };
+
   // Channels [c_begin, c_end) of tiles [first, first + rows) to V; input pixels outside the image
   // are read from `zeros`.
-  static void transform_input(const Conv& conv, int64_t first, int64_t rows, int64_t c_begin,
-                              int64_t c_end, const T* zeros, E* v, int64_t point_stride) {
-    const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
-    const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
+  template <class Y, class X>
+  static void transform_input(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid, int shape,
+                              int64_t first, int64_t rows, int64_t c_begin, int64_t c_end,
+                              const T* zeros, E* v, int64_t point_stride) {
+    v += (Pair::kFirst[shape / 2] * kProducts + Pair::kFirst[shape % 2]) * point_stride;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t tile = first + r;
-      const int64_t x0 =
-          axis_x.first(tile % tiles_x) - conv.pad_w + Scheme::kOffset * conv.dilation_w;
-      const int64_t y0 =
-          axis_y.first(tile / tiles_x % tiles_y) - conv.pad_h + Scheme::kOffset * conv.dilation_h;
-      const int64_t n = tile / (tiles_x * tiles_y);
-      const T* src[kIn][kIn];
-      for (int i = 0; i < kIn; ++i) {
-        for (int j = 0; j < kIn; ++j) {
+      const Corner corner(grid, shape, first + r);
+      const int64_t x0 = corner.x - conv.pad_w + X::kOffset * conv.dilation_w;
+      const int64_t y0 = corner.y - conv.pad_h + Y::kOffset * conv.dilation_h;
+      const T* src[Y::kIn][X::kIn];
+      for (int i = 0; i < Y::kIn; ++i) {
+        for (int j = 0; j < X::kIn; ++j) {
           const int64_t y = y0 + i * conv.dilation_h, x = x0 + j * conv.dilation_w;
           const bool inside = y >= 0 && y < conv.H && x >= 0 && x < conv.W;
-          src[i][j] = inside ? conv.x.at(n, y, x) : zeros;
+          src[i][j] = inside ? conv.x.at(corner.n, y, x) : zeros;
         }
       }
       for (int64_t c = c_begin; c < c_end; c += kLine<E>) {
         E* dst = v + (c - c_begin) * rows + r * kLine<E>;
         if (c + kLine<E> <= conv.C) {
-          transform_group(src, c, dst, point_stride);
-        } else {
-          alignas(64) T last[kIn * kIn][kLine<E>] = {};  // C is not a whole number of groups
-          const T* padded[kIn][kIn];
-          for (int i = 0; i < kIn * kIn; ++i) {
-            padded[i / kIn][i % kIn] = last[i];
-            for (int64_t l = 0; l < conv.C - c; ++l) last[i][l] = src[i / kIn][i % kIn][c + l];
+          transform_group(tile_y, tile_x, src, c, dst, point_stride);
+        } else {  // C is not a whole number of groups
+          alignas(64) T last[Y::kIn * X::kIn][kLine<E>] = {};
+          const T* padded[Y::kIn][X::kIn];
+          for (int i = 0; i < Y::kIn * X::kIn; ++i) {
+            padded[i / X::kIn][i % X::kIn] = last[i];
+            for (int64_t l = 0; l < conv.C - c; ++l) {
+              last[i][l] = src[i / X::kIn][i % X::kIn][c + l];
+            }
           }
-          transform_group(padded, 0, dst, point_stride);
+          transform_group(tile_y, tile_x, padded, 0, dst, point_stride);
         }
       }
     }
   }
 
   // A line of channels of one tile.
-  static void transform_group(const T* const (&src)[kIn][kIn], int64_t c, E* dst,
-                              int64_t point_stride) {
+  template <class Y, class X>
+  static void transform_group(Y tile_y, X tile_x, const T* const (&src)[Y::kIn][X::kIn], int64_t c,
+                              E* dst, int64_t point_stride) {
     for (int64_t l = 0; l < kLine<E>; l += kLanes) {
-      Vec columns[kProducts][kIn];
+      Vec columns[Y::kProducts][X::kIn];
 #pragma GCC unroll 8
-      for (int j = 0; j < kIn; ++j) {
-        Vec d[kIn], v[kProducts];
+      for (int j = 0; j < X::kIn; ++j) {
+        Vec d[Y::kIn], v[Y::kProducts];
 #pragma GCC unroll 8
-        for (int i = 0; i < kIn; ++i) d[i] = load(src[i][j] + c + l);
-        input_transform(Scheme{}, d, v);
+        for (int i = 0; i < Y::kIn; ++i) d[i] = load(src[i][j] + c + l);
+        input_transform(tile_y, d, v);
 #pragma GCC unroll 8
-        for (int i = 0; i < kProducts; ++i) columns[i][j] = v[i];
+        for (int i = 0; i < Y::kProducts; ++i) columns[i][j] = v[i];
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < kProducts; ++i) {
-        Vec v[kProducts];
-        input_transform(Scheme{}, columns[i], v);
+      for (int i = 0; i < Y::kProducts; ++i) {
+        Vec v[X::kProducts];
+        input_transform(tile_x, columns[i], v);
 #pragma GCC unroll 8
-        for (int j = 0; j < kProducts; ++j) {
+        for (int j = 0; j < X::kProducts; ++j) {
           store(dst + (i * kProducts + j) * point_stride + l, v[j]);
         }
       }
@@ -232,25 +310,24 @@ struct WinogradKernel {
   }
 
   // Products of tiles [first, first + rows) to output pixels.
-  static void transform_output(const Conv& conv, int64_t first, int64_t rows, const float* m,
+  template <class Y, class X>
+  static void transform_output(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
+                               int shape, int64_t first, int64_t rows, const float* m,
                                int64_t point_stride) {
-    const TileAxis axis_y(conv.Ho, conv.dilation_h, kOut), axis_x(conv.Wo, conv.dilation_w, kOut);
-    const int64_t tiles_x = axis_x.count(), tiles_y = axis_y.count();
+    m += (Pair::kFirst[shape / 2] * kProducts + Pair::kFirst[shape % 2]) * point_stride;
     for (int64_t r = 0; r < rows; ++r, m += row_size(conv)) {
-      const int64_t tile = first + r;
-      const int64_t x0 = axis_x.first(tile % tiles_x);
-      const int64_t y0 = axis_y.first(tile / tiles_x % tiles_y);
-      const int64_t n = tile / (tiles_x * tiles_y);
+      const Corner corner(grid, shape, first + r);
       for (int64_t k = 0; k < conv.K; k += kPanel) {
-        alignas(64) float sums[kOut][kOut][kPanel];
+        alignas(64) float sums[Y::kOut][X::kOut][kPanel];
         for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-          inverse_transform(m + k + l, point_stride, sums, l);
+          inverse_transform(tile_y, tile_x, m + k + l, point_stride, sums, l);
         }
-        for (int i = 0; i < kOut && y0 + i * conv.dilation_h < conv.Ho; ++i) {
-          for (int j = 0; j < kOut && x0 + j * conv.dilation_w < conv.Wo; ++j) {
-            const int64_t oy = y0 + i * conv.dilation_h, ox = x0 + j * conv.dilation_w;
-            finish_pixel(conv, k, columns(conv, k), sums[i][j], conv.y.at(n, oy, ox),
-                         conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr);
+        for (int i = 0; i < Y::kOut && corner.y + i * conv.dilation_h < conv.Ho; ++i) {
+          for (int j = 0; j < X::kOut && corner.x + j * conv.dilation_w < conv.Wo; ++j) {
+            const int64_t oy = corner.y + i * conv.dilation_h;
+            const int64_t ox = corner.x + j * conv.dilation_w;
+            finish_pixel(conv, k, columns(conv, k), sums[i][j], conv.y.at(corner.n, oy, ox),
+                         conv.residual.data ? conv.residual.at(corner.n, oy, ox) : nullptr);
           }
         }
       }
@@ -258,26 +335,27 @@ struct WinogradKernel {
   }
 
   // kLanes channels of one tile.
-  FASTSEG_INLINE void inverse_transform(const float* m, int64_t point_stride,
-                                        float (&sums)[kOut][kOut][kPanel], int64_t l) {
-    Vec half[kOut][kProducts];
+  template <class Y, class X>
+  FASTSEG_INLINE void inverse_transform(Y tile_y, X tile_x, const float* m, int64_t point_stride,
+                                        float (&sums)[Y::kOut][X::kOut][kPanel], int64_t l) {
+    Vec half[Y::kOut][X::kProducts];
 #pragma GCC unroll 8
-    for (int j = 0; j < kProducts; ++j) {
-      Vec p[kProducts], y[kOut];
+    for (int j = 0; j < X::kProducts; ++j) {
+      Vec p[Y::kProducts], y[Y::kOut];
 #pragma GCC unroll 8
-      for (int i = 0; i < kProducts; ++i) {
+      for (int i = 0; i < Y::kProducts; ++i) {
         p[i] = load(m + (i * kProducts + j) * point_stride);
       }
-      output_transform(Scheme{}, p, y);
+      output_transform(tile_y, p, y);
 #pragma GCC unroll 8
-      for (int i = 0; i < kOut; ++i) half[i][j] = y[i];
+      for (int i = 0; i < Y::kOut; ++i) half[i][j] = y[i];
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kOut; ++i) {
-      Vec y[kOut];
-      output_transform(Scheme{}, half[i], y);
+    for (int i = 0; i < Y::kOut; ++i) {
+      Vec y[X::kOut];
+      output_transform(tile_x, half[i], y);
 #pragma GCC unroll 8
-      for (int j = 0; j < kOut; ++j) store(sums[i][j] + l, y[j]);
+      for (int j = 0; j < X::kOut; ++j) store(sums[i][j] + l, y[j]);
     }
   }
 };

@@ -3,9 +3,11 @@
 The algorithms, of which ``choose_tile`` chooses: a matrix product over packed pixels (any kernel,
 stride, dilation), and for 3x3 kernels of stride 1 Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016)
 on the sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation
-costs the same. Where the dilation is half of the image or more, a sub-grid of two by two pixels
-between zero borders takes 3 x 3 multiplications. Long k x 1 and 1 x k kernels take F(5, 5) along
-their axis, in groups of five taps.
+costs the same. A sub-grid is cut into tiles of m and m - 1 outputs, so that none reaches beyond it:
+the shorter ones are F(m, 3) without one of its points. Where the dilation is half of the image or
+more, a sub-grid of two by two pixels between zero borders takes 3 x 3 multiplications, one pixel
+takes one; from a third on, three pixels take F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k
+kernels take F(5, 5) along their axis, in groups of five taps.
 
 Accuracy, as the largest error over the largest output against float64 on unit-variance data:
 
@@ -13,9 +15,9 @@ Accuracy, as the largest error over the largest output against float64 on unit-v
 algorithm           error    interpolation points
 ==================  =======  ===================================================
 GEMM                2e-6
-bordered            2e-6     0, +-1 and their like: exact coefficients
+bordered, to 2      2e-6     0, +-1 and their like: exact coefficients
+bordered, to 3      1e-5     +-1/2, +-5/4, infinity
 F(2, 3)             2e-6     0, +-1, infinity
-F(3, 3)             1e-5     +-1/2, +-5/4, infinity
 F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
 F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
 F(5, 5), one axis   1e-5     +-1/4, +-3/4, +-5/4, +-2, infinity
@@ -31,8 +33,9 @@ from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine/conv_engine.h
 
-# Tiles of m x m outputs and their multiplications per axis; 1 is the bordered tile of two outputs.
-PRODUCTS = {1: 3, 2: 4, 3: 5, 4: 6, 6: 8}
+# Along one axis: outputs and multiplications of a long tile, multiplications of a short one (with
+# one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
+TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
 STRICT = (1, 2)  # those that round no more than torch's own convolution
 LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
 
@@ -48,12 +51,11 @@ def choose_tile(
     accuracy: str = "default",
 ) -> int:
     """The algorithm for this layer and input size (H, W): 0 for the matrix product, a key of
-    ``PRODUCTS`` or ``LINE``.
+    ``TILES`` or ``LINE``.
 
     The one with the fewest multiplications wins; a transform counts like 12 more channels on the
-    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels). Tiles
-    that reach over the border of a sub-grid count in full: that is what decides for dilations in
-    the order of the map. F(6, 3) is not faster than F(4, 3) where it does not halve the count.
+    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels).
+    F(6, 3) is not faster than F(4, 3) where it does not halve the count.
     ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels
@@ -64,16 +66,14 @@ def choose_tile(
         return _choose_line(C, K, kernel_size, (Ho, Wo), padding, accuracy)
     if tuple(kernel_size) != (3, 3):
         return 0
-    bordered = tuple(padding) == tuple(dilation) and all(
-        n <= 2 * d for n, d in zip(size, dilation, strict=True)
-    )
+    grid = max(-(-n // d) for n, d in zip(size, dilation, strict=True))  # pixels of a sub-grid
+    if tuple(padding) != tuple(dilation):
+        grid = 4
     cost = {0: 9.0 * Ho * Wo * C * K}
-    for tile in STRICT if accuracy == "strict" else PRODUCTS:
-        if tile == 1 and not bordered:
+    for tile in STRICT if accuracy == "strict" else TILES:
+        if tile in (1, 3) and grid > TILES[tile][0]:
             continue
-        outputs = max(tile, 2)
-        tiles = winograd_tiles(Ho, dilation[0], outputs) * winograd_tiles(Wo, dilation[1], outputs)
-        cost[tile] = PRODUCTS[tile] ** 2 * tiles * (C * K + 12.0 * (C + K))
+        cost[tile] = winograd_products((Ho, Wo), dilation, tile) * (C * K + 12.0 * (C + K))
     if 6 in cost:
         cost[6] *= 1.5
     return min(cost, key=cost.__getitem__)
@@ -116,10 +116,19 @@ def output_size(
     return Ho, Wo
 
 
-def winograd_tiles(outputs: int, dilation: int, tile: int) -> int:
-    """Tiles along one axis: each of the ``dilation`` sub-grids is cut on its own."""
-    short, long_phases = divmod(outputs, dilation)
-    return long_phases * -(-(short + 1) // tile) + (dilation - long_phases) * -(-short // tile)
+def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> int:
+    """Multiplications per pair of channels for an output (H, W), each sub-grid cut on its own."""
+    outputs, long_products, short_products, _ = TILES[tile]
+    result = 1
+    for n, d in zip(output, dilation, strict=True):
+        length, longer = divmod(n, d)
+        along = 0
+        for phases, n_phase in ((longer, length + 1), (d - longer, length)):
+            tiles = -(-n_phase // outputs)
+            short = min(tiles, tiles * outputs - n_phase)
+            along += phases * ((tiles - short) * long_products + short * short_products)
+        result *= along
+    return result
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ def pack_conv(
             see ``choose_algorithm``. Sums are float32.
 
     Returns:
-        The packed form: ``PRODUCTS[tile] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
+        The packed form: ``TILES[tile][3] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
         F(4, 3)), for the matrix product that of the weight; channels are padded to 16 and 32.
 
     Raises:
@@ -280,7 +289,7 @@ def _(weight: Tensor, bias: Tensor | None, tile: int, bfloat16: bool = False) ->
     elif tile == LINE:
         columns, depth = -(-R * S // 5) * K, 9 * depth
     else:
-        depth = PRODUCTS[tile] ** 2 * depth
+        depth = TILES[tile][3] ** 2 * depth
     size = _round_up(columns, 32) * depth + _round_up(K, 32) * per_word
     return weight.new_empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 

@@ -35,6 +35,7 @@ def optimize_graph(
     patterns.pool(traced, report)
     patterns.pyramid(traced, settings, report)
     patterns.spread_single_values(traced, report)
+    patterns.constants(traced, settings, report)
     patterns.resize_and_choose(traced, report)
     traced.delete_all_unused_submodules()
     traced.recompile()

@@ -127,17 +127,15 @@ def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) ->
         if not _splits(packed, parts, channels, grids, corners):
             continue
         _, C, k, _ = packed.weight.shape
-        unknown = [i for i, c in enumerate(channels) if c is None]
-        if len(unknown) > 1:
+        widths = _all_channels(traced, parts, C)
+        if widths is None:
             continue
-        for i in unknown:
-            channels[i] = C - sum(c for c in channels if c)
-        ends = torch.tensor([0, *channels]).cumsum(0).tolist()
+        columns = packed.weight.split(widths, 1)
         at = {i for i, *_ in grids}
         local = [i for i in range(len(parts)) if i not in at]
 
         def slices(which: list[int]) -> Tensor:
-            return torch.cat([packed.weight[:, ends[i] : ends[i + 1]] for i in which], 1)  # noqa: B023
+            return torch.cat([columns[i] for i in which], 1)  # noqa: B023
 
         conv = nn.Conv2d(1, 1, k, padding=k // 2, device="meta")
         conv.weight = nn.Parameter(slices(local), requires_grad=False)
@@ -150,9 +148,7 @@ def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) ->
         name = f"{node.target}_grids"
         traced.add_submodule(name, spread)
         with graph.inserting_before(node):
-            whole = parts[local[0]]
-            if len(local) > 1:
-                whole = graph.call_function(torch.cat, ([parts[i] for i in local], 1))
+            whole = _concatenate(graph, [parts[i] for i in local])
             shape = graph.call_function(getattr, (whole, "shape"))
             size = graph.call_function(operator.getitem, (shape, slice(-2, None)))
             residual = graph.call_module(name, ([grid for _, grid, _ in grids], size))
@@ -163,6 +159,56 @@ def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) ->
                 graph.erase_node(unused)
         traced.add_submodule(str(node.target), PackedConv2d(conv, **activation, **settings))
         report.append((str(node.target), f"{len(grids)} grids convolved at their own size"))
+
+
+def constants(traced: fx.GraphModule, settings: dict[str, Any], report: Report) -> None:
+    """A 1x1 convolution of maps of which some are one pixel, repeated: image pooling. What it makes
+    of that pixel is a bias of the image, neither repeated in memory nor convolved at each pixel."""
+    for node in list(traced.graph.nodes):
+        packed = module_of(traced, node)
+        if not isinstance(packed, PackedConv2d) or len(node.args) != 1 or node.kwargs:
+            continue
+        if not _is_pointwise(packed):
+            continue
+        parts = _concatenated(node.args[0])
+        repeated = [i for i, part in enumerate(parts) if _repeats(traced, part)]
+        channels = _all_channels(traced, parts, packed.weight.shape[1])
+        if not 0 < len(repeated) < len(parts) or channels is None:
+            continue
+        columns = packed.weight.split(channels, 1)
+        local = [i for i in range(len(parts)) if i not in repeated]
+
+        def layer(which: list[int], bias: Tensor | None, **activation: Any) -> PackedConv2d:
+            conv = nn.Conv2d(1, 1, 1, device="meta")
+            weight = torch.cat([columns[i] for i in which], 1)  # noqa: B023
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            return PackedConv2d(conv, **activation, **settings)
+
+        graph, name = traced.graph, f"{node.target}_pooled"
+        traced.add_submodule(name, layer(repeated, None))
+        activation = {n: packed.options[n] for n in ("activation", "negative_slope")}
+        traced.add_submodule(str(node.target), layer(local, packed.bias, **activation))
+        with graph.inserting_before(node):
+            whole = _concatenate(graph, [parts[i] for i in local])
+            pixel = _concatenate(graph, [parts[i].args[0] for i in repeated])
+            shape = graph.call_function(getattr, (whole, "shape"))
+            size = [graph.call_function(operator.getitem, (shape, i)) for i in (2, 3)]
+            bias = graph.call_module(name, (pixel,))
+            bias = graph.call_method("expand", (bias, -1, -1, *size))
+        concatenation = node.args[0]
+        node.args = (whole, bias)
+        for unused in dict.fromkeys((concatenation, *(parts[i] for i in repeated))):
+            if not unused.users:
+                graph.erase_node(unused)
+        report.append((str(node.target), "image pooling is a bias of the image"))
+
+
+def _repeats(traced: fx.GraphModule, part: fx.Node) -> bool:
+    """Whether a map is one pixel, repeated. A single channel may be repeated as well."""
+    if part.op != "call_method" or part.target not in ("expand", "expand_as"):
+        return False
+    return _grid(traced, part.args[0]) == 1 and (_channels(traced, part.args[0]) or 1) > 1
 
 
 def resize_and_choose(traced: fx.GraphModule, report: Report) -> None:
@@ -310,6 +356,10 @@ def _concatenated(node: Any) -> list[fx.Node]:
     return list(parts) if all(isinstance(part, fx.Node) for part in parts) else []
 
 
+def _concatenate(graph: fx.Graph, maps: list[Any]) -> Any:
+    return graph.call_function(torch.cat, (maps, 1)) if len(maps) > 1 else maps[0]
+
+
 def _splits(
     packed: PackedConv2d,
     parts: list[fx.Node],
@@ -346,14 +396,18 @@ def _grid(traced: fx.GraphModule, node: Any) -> int | None:
             1 if isinstance(axes, list | tuple) and sorted(a % 4 for a in axes) == [2, 3] else None
         )
     if isinstance(module, PackedConv2d):
-        keeps = len(node.args) == 1 and tuple(module.weight.shape[2:]) == (1, 1)
-        keeps = keeps and all(
-            tuple(module.options[name]) == value
-            for name, value in (("stride", (1, 1)), ("padding", (0, 0)))
-        )
+        keeps = len(node.args) == 1 and _is_pointwise(module)
     else:
         keeps = is_plain(module, *POINTWISE) or node.target in (F.relu, torch.relu, "relu", "relu_")
     return _grid(traced, node.args[0]) if keeps else None
+
+
+def _is_pointwise(packed: PackedConv2d) -> bool:
+    """Whether a convolution maps each pixel on its own."""
+    same = (("stride", (1, 1)), ("padding", (0, 0)))
+    return tuple(packed.weight.shape[2:]) == (1, 1) and all(
+        tuple(packed.options[name]) == value for name, value in same
+    )
 
 
 def _channels(traced: fx.GraphModule, node: Any) -> int | None:
@@ -363,7 +417,16 @@ def _channels(traced: fx.GraphModule, node: Any) -> int | None:
         if isinstance(module, PackedConv2d):
             return module.weight.shape[0]
         resized = _resized(node)
-        if resized is None and not is_plain(module, *POINTWISE):
+        if resized is None and not is_plain(module, *POINTWISE) and not _repeats(traced, node):
             return None
         node = resized[1] if resized else node.args[0]
     return None
+
+
+def _all_channels(traced: fx.GraphModule, parts: list[fx.Node], total: int) -> list[int] | None:
+    """Channels of maps that have so many together, if they are known of all but one."""
+    channels = [_channels(traced, part) for part in parts]
+    known = [c for c in channels if c is not None]
+    if len(known) < len(parts) - 1:
+        return None
+    return [total - sum(known) if c is None else c for c in channels]

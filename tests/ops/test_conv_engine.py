@@ -66,11 +66,17 @@ BORDERED_CASES = [
     (2, 16, 5, 4, 17, (5, 2), (5, 2)),
     (1, 20, 1, 1, 16, (1, 1), (1, 1)),
 ]
+TRIPLE_CASES = [  # sub-grids of up to three pixels
+    (1, 24, 10, 13, 40, (4, 5), (4, 5)),
+    (2, 16, 9, 4, 17, (3, 3), (3, 3)),
+    (1, 20, 7, 20, 16, (6, 7), (6, 7)),
+    (3, 17, 1, 2, 33, (1, 1), (1, 1)),
+]
 # More channels than are summed at once.
 PIECES_CASES = [(1, 1040, 9, 8, 40, (3, 3), (3, 3)), (1, 1030, 3, 2, 8, (2, 2), (2, 2))]
 
 
-@pytest.mark.parametrize("tile", [2, 3, 4, 6])
+@pytest.mark.parametrize("tile", [2, 4, 6])
 @pytest.mark.parametrize("shape", [*WINOGRAD_CASES, *PIECES_CASES], ids=str)
 def test_winograd(shape, tile, cpu_isa):
     check_tile(shape, tile)
@@ -79,6 +85,20 @@ def test_winograd(shape, tile, cpu_isa):
 @pytest.mark.parametrize("shape", [*BORDERED_CASES, PIECES_CASES[1]], ids=str)
 def test_bordered(shape, cpu_isa):
     check_tile(shape, 1)
+    check_tile(shape, 3)
+
+
+@pytest.mark.parametrize("shape", TRIPLE_CASES, ids=str)
+def test_bordered_triple(shape, cpu_isa):
+    check_tile(shape, 3)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_every_length_of_a_sub_grid(tile):
+    """Every way to cut one: only long tiles, both, only short ones, one that reaches over."""
+    for length in range(1, 15):
+        check_tile((1, 32, length, 15 - length, 32, (1, 1), (1, 1)), tile)
+        check_tile((2, 16, 2 * length, 2 * length + 1, 32, (2, 2), (2, 2)), tile)
 
 
 LINE_CASES = [  # N, C, H, W, K, taps, padding
@@ -157,7 +177,7 @@ def test_streamed_output(tile):
     assert relative_error(y, exact_result(x, weight, bias, None, **options)) <= ALLOWED[tile]
 
 
-@pytest.mark.parametrize("tile", [0, 4])
+@pytest.mark.parametrize("tile", [0, 2, 4, 6])
 def test_same_bits_with_any_thread_count(tile, threads):
     options = {"padding": (2, 2), "dilation": (2, 2)}
     x, weight, bias, residual = case(1, 64, 33, 31, 96, (3, 3), **options)
@@ -196,6 +216,8 @@ def test_choice():
     # Sub-grids smaller than a tile of four, which would be mostly waste.
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == 1
     assert choice(2048, 256, padding=(24, 24), dilation=(24, 24)) == 3
+    assert choice(2048, 256, padding=(20, 20), dilation=(20, 20)) == 4
+    assert choice(2048, 256, padding=(18, 18), dilation=(18, 18)) == 4
     assert choice(2048, 256, padding=(12, 12), dilation=(12, 12)) == 6
     assert choice(2048, 256, padding=(0, 0), dilation=(36, 36), size=(73, 73)) == 0
     assert choice(64, 64, size=(2, 2)) == 0  # too small for the kernel
@@ -219,7 +241,7 @@ def test_operator_registration():
         (x, conv.packed, None, out, *options),
         test_utils=tests,
     )
-    for tile, kernel in ((0, (3, 3)), (4, (3, 3)), (1, (3, 3)), (5, (7, 1))):
+    for tile, kernel in ((0, (3, 3)), (4, (3, 3)), (1, (3, 3)), (3, (3, 3)), (5, (7, 1))):
         weight = torch.randn(8, 17, *kernel)
         opcheck(torch.ops.fastseg.conv_engine_pack.default, (weight, None, tile), test_utils=tests)
 
@@ -251,10 +273,9 @@ def test_errors():
     conv = pack_conv(torch.randn(8, 16, 7, 1), padding=(3, 1), tile=5)
     with pytest.raises(ValueError, match="padding along the kernel alone"):
         conv_engine(torch.randn(1, 16, 5, 5), conv)
-    with pytest.raises(ValueError, match="padding == dilation >= half"):
-        conv_engine(
-            torch.randn(1, 16, 5, 5), pack_conv(weight, padding=(2, 2), dilation=(2, 2), tile=1)
-        )
+    bordered = pack_conv(weight, padding=(2, 2), dilation=(2, 2), tile=1)
+    with pytest.raises(ValueError, match="sub-grids of at most 2 pixels, got 5x5 at dilation 2x2"):
+        conv_engine(torch.randn(1, 16, 5, 5), bordered)
     conv = pack_conv(weight)
     with pytest.raises(ValueError, match=r"x must be \(N, 16, H, W\)"):
         conv_engine(torch.randn(1, 8, 5, 5), conv)

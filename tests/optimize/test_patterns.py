@@ -152,7 +152,25 @@ class ASPP(nn.Module):
 def test_aspp():
     fast = check(randomise(ASPP()), torch.randn(2, 16, 13, 17))
     assert "repeats it" in fastseg.explain(fast)
-    assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) == 5
+    assert "project: image pooling is a bias of the image" in fastseg.explain(fast)
+    layers = [m for m in fast.modules() if isinstance(m, PackedConv2d)]
+    assert sorted(m.weight.shape[1] for m in layers) == [8, 16, 16, 16, 16, 24]
+
+
+@pytest.mark.parametrize("rates", [(6, 12, 18), (2, 4)])
+def test_aspp_of_fastseg(rates):
+    model = randomise(fastseg.nn.ASPP(32, 16, rates))
+    fast = check(model, torch.randn(3, 32, 9, 11))
+    assert "project: image pooling is a bias of the image" in fastseg.explain(fast)
+    with torch.inference_mode():
+        assert fast(torch.randn(0, 32, 9, 11)).shape == (0, 16, 9, 11)
+
+
+def test_aspp_that_keeps_image_pooling():
+    """The projection's zero border sees the repeated pixel less often."""
+    model = randomise(fastseg.nn.ASPP(32, 16, (2, 4), project_kernel=3))
+    fast = check(model, torch.randn(2, 32, 9, 11))
+    assert "bias of the image" not in fastseg.explain(fast)
 
 
 class Labels(nn.Module):
