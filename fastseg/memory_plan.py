@@ -84,14 +84,15 @@ class Concat(nn.Module):
 
 
 def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> None:
-    """Give the packed convolutions of this graph, whose results are ``dtype``, their places."""
+    """Give those packed convolutions of this graph whose results are ``dtype`` their places."""
     graph, modules = traced.graph, dict(traced.named_modules())
     position = {node: i for i, node in enumerate(graph.nodes)}
     buffers = Buffers(dtype)
 
     def packed(node: fx.Node) -> PackedConv2d | None:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        return module if isinstance(module, PackedConv2d) else None
+        ours = isinstance(module, PackedConv2d) and module.dtype == dtype
+        return module if ours else None
 
     def stays_inside(node: fx.Node) -> bool:
         return all(_reads_only(user, node, modules) for user in node.users)
@@ -99,14 +100,14 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
     intervals: list[tuple[int, int, Any]] = []  # first and last use, and who is to know the slot
     placed: set[fx.Node] = set()
     for cat in list(graph.nodes):
-        parts = _concatenated(cat)
-        channels = [_channels(part, modules) for part in parts]
+        parts = concatenated(cat)
+        channels = [_channels(part, modules, dtype) for part in parts]
         if not parts or None in channels or not stays_inside(cat):
             continue
         inside = [
             part
             for part in parts
-            if packed(part) and [u for u in part.users if not _reads_shape(u, part)] == [cat]
+            if packed(part) and [u for u in part.users if not reads_shape(u, part)] == [cat]
         ]
         if not inside or len(set(parts)) != len(parts):
             continue
@@ -149,7 +150,7 @@ def _last_use(node: fx.Node, position: dict[fx.Node, int]) -> int:
     return max((position[user] for user in node.users), default=position[node])
 
 
-def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+def reads_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` takes from ``node`` nothing but its size."""
     if user.op == "call_function":
         return user.target is getattr and user.args[1] == "shape"
@@ -160,7 +161,7 @@ def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
 
 def _reads_only(user: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the value of ``node`` is nowhere else once ``user`` has run."""
-    if _reads_shape(user, node):
+    if reads_shape(user, node):
         return True
     if user.op == "call_module":
         return isinstance(modules[str(user.target)], (*MODULES, Concat))
@@ -169,7 +170,7 @@ def _reads_only(user: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> 
     return user.op == "call_function" and user.target in FUNCTIONS
 
 
-def _concatenated(node: fx.Node) -> list[fx.Node]:
+def concatenated(node: fx.Node) -> list[fx.Node]:
     """The operands, if ``node`` concatenates channels."""
     if node.op != "call_function" or node.target is not torch.cat:
         return []
@@ -180,12 +181,12 @@ def _concatenated(node: fx.Node) -> list[fx.Node]:
     return list(parts)
 
 
-def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
-    """The number of channels, where it follows from the network alone."""
+def _channels(node: fx.Node, modules: dict[str, nn.Module], dtype: torch.dtype) -> int | None:
+    """The number of channels of a map of this dtype, where the network alone tells both."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, PackedConv2d):
-            K = module.weight.shape[0]
+            K = module.weight.shape[0] if module.dtype == dtype else None
             return None if K == 1 and len(node.args) > 1 else K  # the sum may broadcast
     same = (
         (node.op == "call_function" and node.target is F.interpolate)
@@ -193,4 +194,4 @@ def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         or (node.op == "call_module" and isinstance(modules[str(node.target)], MODULES))
     )
     source = node.args[0] if same and node.args else None
-    return _channels(source, modules) if isinstance(source, fx.Node) else None
+    return _channels(source, modules, dtype) if isinstance(source, fx.Node) else None

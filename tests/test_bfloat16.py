@@ -1,9 +1,12 @@
 """Networks optimised for bfloat16: no further from float64 than torch's own in bfloat16."""
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import fastseg
@@ -113,3 +116,49 @@ def test_last_resize_is_not_rounded():
     with torch.no_grad():
         y = fast(torch.randn(1, 3, 33, 35))["out"]
     assert not torch.equal(y, y.bfloat16().float())
+
+
+class Offset(nn.Module):
+    """A channel near 300, on two ways to a layer that takes it out again by its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.offset = nn.Conv2d(8, 8, 3, padding=1)
+        self.other = nn.Conv2d(8, 4, 1)
+        self.cancel = nn.Conv2d(20, 8, 3)
+        self.score = nn.Conv2d(8, 2, 1)
+        with torch.no_grad():
+            self.offset.bias[3] = 300.3
+            for channel, weight in ((3, 1.0), (11, -0.5)):
+                self.cancel.weight[:, channel] += weight
+            self.cancel.bias -= 300.3 * self.cancel.weight[:, [3, 11]].sum((1, 2, 3))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = (self.offset(x) + x).relu()
+        small = nn.functional.max_pool2d(y, 2)
+        whole = nn.functional.interpolate(small, y.shape[2:], mode="bilinear")
+        joined = torch.cat([whole, y, self.other(y)], 1)
+        return self.score(self.cancel(joined).relu() + x[:, :, 1:-1, 1:-1])
+
+
+def test_large_constants_stay_float32(bf16_products):
+    model, x = Offset().eval(), torch.randn(2, 3, 45, 37)
+    fast = check(model, x, 0.1)
+    wide = {name for name, m in fast.named_modules() if getattr(m, "dtype", None) == torch.float32}
+    assert wide == {"offset", "cancel"}
+    assert "cancel: in float32 from offset, offset on" in fastseg.explain(fast)
+    with torch.no_grad():
+        model.cancel.weight *= 0.1  # now the other channels count for more, and a few large
+        model.cancel.weight[:, 19] += 30
+    fast = fastseg.optimize(model, dtype=torch.bfloat16)
+    assert "constants" not in fastseg.explain(fast)
+
+
+def test_shipped_weights(bf16_products):
+    """U2-Net-p has a channel near 226 that varies by 0.2: torch's logits are 10 % off by it."""
+    model = fastseg.models.create_model("u2netp", weights="shipped").eval()
+    photo = np.array(Image.open(Path(__file__).with_name("data") / "nuclei.png")) / 255
+    photo = torch.from_numpy((photo - 0.45) / 0.225).float()
+    check(model, photo[:256, 256:].expand(1, 3, -1, -1), 0.3)

@@ -44,7 +44,8 @@ def optimize(
             stays as it is in the copy; :func:`explain` says what and why.
         dtype: precision to compute in, float32 or bfloat16. In bfloat16 results of layers are
             rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
-            them, nor is a last resize; floating-point inputs are cast, results are float32.
+            them, nor is a last resize or a map that it is too coarse for (:mod:`.constants`);
+            floating-point inputs are cast, results are float32.
         accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
             output per layer; "strict" only what rounds no more than torch's own convolution;
             "fast" is the default but for bfloat16 on some processors, see

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..memory_plan import plan_memory
 from . import patterns
+from .constants import keep_float32
 from .fusion import Fusion, Report
 from .lift import lift
 
@@ -37,6 +38,8 @@ def optimize_graph(
     patterns.spread_single_values(traced, report)
     patterns.constants(traced, settings, report)
     patterns.resize_and_choose(traced, report)
+    if settings.get("dtype") == torch.bfloat16:
+        keep_float32(traced, report)
     traced.delete_all_unused_submodules()
     traced.recompile()
     plan_memory(traced, settings.get("dtype", torch.float32))
