@@ -18,33 +18,56 @@
 
 namespace fastseg {
 
-using torch::stable::parallel_for;
-
+// Phase 0 merges, 1 to d + 1 blur along an axis each, the last one multiplies by the matrices.
 template <typename T>
-void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, T* values) {
-  const auto& kernels = lattice_kernels<T>();
-  const int64_t grain = std::max(1, 16384 / width);  // rows per task
-  parallel_for(0, lattice.header->merges, grain, [&](int64_t begin, int64_t end) {
-    const FlushDenormals flush;
-    kernels.merge_rows(lattice.merge_vertex, lattice.merge_begin, lattice.merge_row, begin, end,
-                       width, values);
-  });
-  const int64_t d1 = lattice.d() + 1;
-  for (int64_t j = 0; j < d1; ++j) {
-    const int64_t axis = reversed ? d1 - 1 - j : j;
-    const int64_t first = lattice.axis_begin[axis], last = lattice.axis_begin[axis + 1];
-    if (first == last) continue;
-    const int64_t length =
-        (lattice.chain_begin[last] - lattice.chain_begin[first]) / (last - first);
-    parallel_for(first, last, grain / length + 1, [&](int64_t begin, int64_t end) {
-      const FlushDenormals flush;
-      kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, begin, end, width, values);
-    });
+void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width) {
+  struct Part {
+    const Blur<T>* blur;
+    int64_t begin, end;  // vertices, or chains of an axis
+  };
+  const int64_t grain = 16384 / std::max(8, width);  // vertices per task
+  std::vector<std::vector<Part>> phases(kMaxFeatures + 3);
+  for (const Blur<T>& blur : blurs) {
+    const auto share = [&](size_t phase, int64_t begin, int64_t end, int64_t step) {
+      for (; begin < end; begin += step) {
+        phases[phase].push_back({&blur, begin, std::min(end, begin + step)});
+      }
+    };
+    const Lattice<T>& lattice = *blur.lattice;
+    share(0, 0, lattice.header->vertices, grain);
+    for (int64_t j = 0; j <= lattice.d(); ++j) {
+      const int64_t axis = reversed ? lattice.d() - j : j;
+      const int64_t first = lattice.axis_begin[axis], last = lattice.axis_begin[axis + 1];
+      if (first == last) continue;
+      const int64_t vertices = lattice.chain_begin[last] - lattice.chain_begin[first];
+      share(static_cast<size_t>(1 + j), first, last, grain * (last - first) / vertices + 1);
+    }
+    if (blur.matrix != nullptr) share(phases.size() - 1, 0, lattice.header->vertices, grain);
   }
+  const auto& kernels = lattice_kernels<T>();
+  const auto count = static_cast<int>(phases.size());
+  parallel_phases(
+      count,
+      [&](int phase) { return static_cast<int64_t>(phases[static_cast<size_t>(phase)].size()); },
+      [&](int phase, int64_t task) {
+        const FlushDenormals flush;
+        const Part& part = phases[static_cast<size_t>(phase)][static_cast<size_t>(task)];
+        const Blur<T>& blur = *part.blur;
+        const Lattice<T>& lattice = *blur.lattice;
+        if (phase == 0) {
+          kernels.merge_rows(lattice.merge_begin, lattice.merge_row, part.begin, part.end, width,
+                             blur.sums, blur.values);
+        } else if (phase + 1 < count) {
+          kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, part.begin, part.end,
+                              width, blur.values);
+        } else {
+          kernels.transform_rows(blur.matrix, part.begin, part.end, width, blur.values);
+        }
+      });
 }
 
-template void merge_and_blur<float>(const Lattice<float>&, bool, int, float*);
-template void merge_and_blur<double>(const Lattice<double>&, bool, int, double*);
+template void merge_and_blur<float>(const std::vector<Blur<float>>&, bool, int);
+template void merge_and_blur<double>(const std::vector<Blur<double>>&, bool, int);
 
 namespace {
 

@@ -81,25 +81,26 @@ void splat_tile(const TileView<T>& tile, const T* in, const T* factor, int width
   });
 }
 
-// Adds the further partial sums of vertices [begin, end) of the merge list to their first one.
+// values[v] = sums[v] + its extra rows of `sums`, for vertices [begin, end). All of these rows are
+// 0 afterwards, ready for the next splat. The two arrays may be one.
 template <typename T>
-void merge_rows(const int32_t* vertex, const int32_t* rows_begin, const int32_t* rows,
-                int64_t begin, int64_t end, int width, T* values) {
-  for (int64_t i = begin; i < end; ++i) {
-    T* target = values + static_cast<int64_t>(vertex[i]) * width;
-    if (width == 1) {
-      for (int64_t k = rows_begin[i]; k < rows_begin[i + 1]; ++k) *target += values[rows[k]];
-      continue;
+void merge_rows(const int32_t* extra_begin, const int32_t* extra, int64_t begin, int64_t end,
+                int width, T* sums, T* values) {
+  if (width == 1) return merge_channel(extra_begin, extra, begin, end, sums, values);
+  for_each_column_group<T>(width, [&](auto tag, int column) {
+    using R = decltype(tag);
+    const auto take = [&](int64_t row) {
+      T* from = sums + row * width + column;
+      const R sum = R::load(from);
+      R::zero().store(from);
+      return sum;
+    };
+    for (int64_t v = begin; v < end; ++v) {
+      R sum = take(v);
+      for (int64_t k = extra_begin[v]; k < extra_begin[v + 1]; ++k) sum.add(take(extra[k]));
+      sum.store(values + v * width + column);
     }
-    for_each_column_group<T>(width, [&](auto tag, int column) {
-      using R = decltype(tag);
-      R sum = R::load(target + column);
-      for (int64_t k = rows_begin[i]; k < rows_begin[i + 1]; ++k) {
-        sum.add(R::load(values + static_cast<int64_t>(rows[k]) * width + column));
-      }
-      sum.store(target + column);
-    });
-  }
+  });
 }
 
 // Blurs the chains [begin, end) of one axis in place: v + (previous + next) / 2, from old values.

@@ -173,12 +173,10 @@ class Builder {
       for (int32_t& row : chunk.row) row = row < 0 ? vertices - 1 - row : row;
     }
     merge_begin_.push_back(0);
-    for (size_t v = 0; v < extras.size(); ++v) {
-      const int32_t count = extras[v];
-      extras[v] = merge_begin_.back();  // position of the next extra row of v
-      if (count == 0) continue;
-      merge_vertex_.push_back(static_cast<int32_t>(v));
-      merge_begin_.push_back(merge_begin_.back() + count);
+    for (int32_t& count : extras) {
+      const int32_t begin = merge_begin_.back();
+      merge_begin_.push_back(begin + count);
+      count = begin;  // position of the next extra row
     }
     merge_row_.resize(extra_vertex.size());
     for (size_t k = 0; k < extra_vertex.size(); ++k) {
@@ -247,7 +245,6 @@ class Builder {
     h.width = tiling_.width;
     h.vertices = own_begin_.back();
     h.extra_rows = extra_begin_.back();
-    h.merges = static_cast<int64_t>(merge_vertex_.size());
     for (const Chunk& chunk : found_) h.simplices += chunk.simplices;
     for (const Axis& axis : axes_) {
       h.chains += static_cast<int64_t>(axis.begin.size());
@@ -263,12 +260,11 @@ class Builder {
     h.simplex_vertex = place(h.simplices * d1, 4);
     h.simplex_row = place(h.simplices * d1, 4);
     h.point_simplex = place(points_, 2);
-    h.weight = place(points_ * d1, sizeof(T));
+    h.weight = place(points_ * d1 + 64 / sizeof(T), sizeof(T));
     h.scale = place(points_, sizeof(T));
     h.own_begin = place(chunks_.count + 1, 4);
     h.extra_begin = place(chunks_.count + 1, 4);
-    h.merge_vertex = place(h.merges, 4);
-    h.merge_begin = place(h.merges + 1, 4);
+    h.merge_begin = place(h.vertices + 1, 4);
     h.merge_row = place(h.extra_rows, 4);
     h.axis_begin = place(d1 + 1, 4);
     h.chain_begin = place(h.chains + 1, 4);
@@ -283,7 +279,6 @@ class Builder {
     };
     copy(h.own_begin, own_begin_);
     copy(h.extra_begin, extra_begin_);
-    copy(h.merge_vertex, merge_vertex_);
     copy(h.merge_begin, merge_begin_);
     copy(h.merge_row, merge_row_);
     int32_t* simplex_begin = ints(h.simplex_begin);
@@ -303,6 +298,7 @@ class Builder {
     axis_begin[d1] = chains;
     chain_begin[chains] = entries;
     T* weight = reinterpret_cast<T*>(base + h.weight);
+    std::memset(weight + points_ * d1, 0, 64);
     parallel_tasks(chunks_.count, [&](int64_t c) {
       const Chunk& chunk = found_[static_cast<size_t>(c)];
       const int32_t* vertex = simplex_vertex_.data() + first_point(c) * d1;
@@ -353,7 +349,7 @@ class Builder {
   Workspace<uint16_t> point_simplex_;
   Workspace<T> weight_;
   std::unique_ptr<KeyTable<Key>> table_;
-  std::vector<int32_t> own_begin_, extra_begin_, merge_vertex_, merge_begin_, merge_row_;
+  std::vector<int32_t> own_begin_, extra_begin_, merge_begin_, merge_row_;
   std::vector<Axis> axes_;
 };
 

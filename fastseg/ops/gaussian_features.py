@@ -51,15 +51,17 @@ def bilateral_features(
         )
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     sigmas = _positive("bilateral_features", "sigma_rgb", sigma_rgb, image.shape[1])
-    colour = torch.tensor(sigmas, dtype=dtype, device=image.device)
-    position = gaussian_features(image.shape[2:], sigma_xy, dtype=dtype, device=image.device)
-    return torch.cat(
-        [
-            position.expand(image.shape[0], *position.shape[1:]),
-            image.to(dtype) / colour.view(1, -1, *[1] * (image.dim() - 2)),
-        ],
-        dim=1,
+    rank = image.dim() - 2
+    features = torch.empty(
+        (image.shape[0], rank + image.shape[1], *image.shape[2:]), dtype=dtype, device=image.device
     )
+    features[:, :rank] = gaussian_features(
+        image.shape[2:], sigma_xy, dtype=dtype, device=image.device
+    )
+    colour = torch.tensor(sigmas, dtype=dtype, device=image.device)
+    features[:, rank:] = image
+    features[:, rank:] /= colour.view(-1, *[1] * rank)
+    return features
 
 
 def gaussian_lattice(
