@@ -49,7 +49,10 @@ void parallel_phases(int phases, const Tasks& tasks, const Task& task) {
         task(p, i);
       }
       for (int spins = 0; phase.done < count; ++spins) {
-        if (spins > 4096) std::this_thread::yield();  // someone lost its core
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        if (spins > 1024) std::this_thread::yield();  // someone lost its core
       }
     }
   });

@@ -18,52 +18,65 @@
 
 namespace fastseg {
 
-// Phase 0 merges, 1 to d + 1 blur along an axis each, the last one multiplies by the matrices.
+// Phase 0 merges, 1 to d + 1 blur along an axis each, and the last one multiplies by the matrices.
 template <typename T>
 void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width) {
-  struct Part {
+  constexpr int kMultiply = kMaxFeatures + 2, kPhases = kMultiply + 1;
+  struct Range {
     const Blur<T>* blur;
     int64_t begin, end;  // vertices, or chains of an axis
   };
-  const int64_t grain = 16384 / std::max(8, width);  // vertices per task
-  std::vector<std::vector<Part>> phases(kMaxFeatures + 3);
-  for (const Blur<T>& blur : blurs) {
-    const auto share = [&](size_t phase, int64_t begin, int64_t end, int64_t step) {
-      for (; begin < end; begin += step) {
-        phases[phase].push_back({&blur, begin, std::min(end, begin + step)});
-      }
-    };
+  const auto whole = [&](const Blur<T>& blur, int phase) -> Range {
     const Lattice<T>& lattice = *blur.lattice;
-    share(0, 0, lattice.header->vertices, grain);
-    for (int64_t j = 0; j <= lattice.d(); ++j) {
-      const int64_t axis = reversed ? lattice.d() - j : j;
-      const int64_t first = lattice.axis_begin[axis], last = lattice.axis_begin[axis + 1];
-      if (first == last) continue;
-      const int64_t vertices = lattice.chain_begin[last] - lattice.chain_begin[first];
-      share(static_cast<size_t>(1 + j), first, last, grain * (last - first) / vertices + 1);
-    }
-    if (blur.matrix != nullptr) share(phases.size() - 1, 0, lattice.header->vertices, grain);
-  }
+    if (phase == 0) return {&blur, 0, lattice.header->vertices};
+    if (phase == kMultiply) return {&blur, 0, blur.matrix ? lattice.header->vertices : 0};
+    if (phase > lattice.d() + 1) return {&blur, 0, 0};
+    const int64_t axis = reversed ? lattice.d() + 1 - phase : phase - 1;
+    return {&blur, lattice.axis_begin[axis], lattice.axis_begin[axis + 1]};
+  };
   const auto& kernels = lattice_kernels<T>();
-  const auto count = static_cast<int>(phases.size());
+  const auto run = [&](int phase, const Range& range) {
+    const FlushDenormals flush;
+    const auto& [blur, begin, end] = range;
+    const Lattice<T>& lattice = *blur->lattice;
+    if (phase == 0) {
+      kernels.merge_rows(lattice.merge_begin, lattice.merge_row, begin, end, width, blur->sums,
+                         blur->values);
+    } else if (phase == kMultiply) {
+      kernels.transform_rows(blur->matrix, begin, end, width, blur->values);
+    } else {
+      kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, begin, end, width,
+                          blur->values);
+    }
+  };
+  if (width == 1) {  // a thread per lattice: cache lines of 16 vertices are not worth sharing
+    parallel_tasks(static_cast<int64_t>(blurs.size()), [&](int64_t i) {
+      for (int phase = 0; phase < kPhases; ++phase) {
+        run(phase, whole(blurs[static_cast<size_t>(i)], phase));
+      }
+    });
+    return;
+  }
+  std::vector<std::vector<Range>> phases(kPhases);
+  for (int phase = 0; phase < kPhases; ++phase) {
+    for (const Blur<T>& blur : blurs) {
+      const Range all = whole(blur, phase);
+      int64_t step = std::max(1, 16384 / width);  // vertices per task
+      if (phase > 0 && phase < kMultiply && all.begin < all.end) {
+        const int32_t* chain = blur.lattice->chain_begin;
+        step = step * (all.end - all.begin) / (chain[all.end] - chain[all.begin]) + 1;
+      }
+      for (int64_t at = all.begin; at < all.end; at += step) {
+        phases[static_cast<size_t>(phase)].push_back({&blur, at, std::min(all.end, at + step)});
+      }
+    }
+  }
+  const auto of = [&](int phase) -> const std::vector<Range>& {
+    return phases[static_cast<size_t>(phase)];
+  };
   parallel_phases(
-      count,
-      [&](int phase) { return static_cast<int64_t>(phases[static_cast<size_t>(phase)].size()); },
-      [&](int phase, int64_t task) {
-        const FlushDenormals flush;
-        const Part& part = phases[static_cast<size_t>(phase)][static_cast<size_t>(task)];
-        const Blur<T>& blur = *part.blur;
-        const Lattice<T>& lattice = *blur.lattice;
-        if (phase == 0) {
-          kernels.merge_rows(lattice.merge_begin, lattice.merge_row, part.begin, part.end, width,
-                             blur.sums, blur.values);
-        } else if (phase + 1 < count) {
-          kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, part.begin, part.end,
-                              width, blur.values);
-        } else {
-          kernels.transform_rows(blur.matrix, part.begin, part.end, width, blur.values);
-        }
-      });
+      kPhases, [&](int phase) { return static_cast<int64_t>(of(phase).size()); },
+      [&](int phase, int64_t task) { run(phase, of(phase)[static_cast<size_t>(task)]); });
 }
 
 template void merge_and_blur<float>(const std::vector<Blur<float>>&, bool, int);
