@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace fastseg {
 
@@ -21,6 +22,39 @@ void parallel_tasks(int64_t tasks, const Task& task) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < tasks; i = next++) task(i);
+  });
+}
+
+// parallel_tasks for one phase after another: task(phase, i) for i in [0, tasks(phase)). Threads do
+// not go back to the caller in between but wait for each other's last tasks, which takes a fraction
+// of a microsecond. They need not all be there: any number of them gets through all phases.
+template <typename Tasks, typename Task>
+void parallel_phases(int phases, const Tasks& tasks, const Task& task) {
+  struct alignas(64) Phase {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  const std::unique_ptr<Phase[]> all(new Phase[static_cast<size_t>(phases)]);
+  int64_t most = 0;
+  for (int p = 0; p < phases; ++p) most = std::max<int64_t>(most, tasks(p));
+  const int64_t threads = std::min<int64_t>(most, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int p = 0; p < phases; ++p) {
+      const int64_t count = tasks(p);
+      Phase& phase = all[static_cast<size_t>(p)];
+      for (int64_t i = phase.next++; i < count; i = phase.next++) {
+        struct Done {  // also where a task throws: the others must not wait for it
+          std::atomic<int64_t>& done;
+          ~Done() { ++done; }
+        } guard{phase.done};
+        task(p, i);
+      }
+      for (int spins = 0; phase.done < count; ++spins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        if (spins > 1024) std::this_thread::yield();  // someone lost its core
+      }
+    }
   });
 }
 

@@ -33,13 +33,14 @@ struct Term {
   Lattice<T> lattice;
   std::vector<T> coefficient;  // of the sliced channels in the logits
   std::vector<T> matrix;       // of the vertices' channels, or empty
-  Workspace<T> values, next;   // vertices that are sliced, and those that are splatted meanwhile
+  Workspace<T> values;         // of the vertices that are sliced
+  Workspace<T> sums;           // rows that are splatted into meanwhile
 
   Term(const void* buffer, int width)
       : lattice(buffer),
         coefficient(static_cast<size_t>(width)),
-        values(lattice.rows() * width),
-        next(lattice.rows() * width) {}
+        values(lattice.header->vertices * width),
+        sums(lattice.rows() * width) {}
 };
 
 // The label compatibility of a term: (L) factors, or a symmetric (L, L) matrix.
@@ -112,6 +113,9 @@ class LabelRows {
     make_logits();
     kernels.softmax_tile(rows, points, width, true, factor);
   }
+  void splat(size_t term, const TileView<T>& tile, const T* rows, const T* factor) const {
+    lattice_kernels<T>().splat_tile(tile, rows, factor, width, terms[term].sums.data());
+  }
   void store(int64_t tile, int points, T* rows, const T* factor) const {
     lattice_kernels<T>().scale_rows(rows, points, width, factor);
     if (!problem_.point_major) {
@@ -134,24 +138,19 @@ class LabelRows {
   const Problem<T>& problem_;
 };
 
-// Two labels: beliefs sum to 1, hence K q_0 = K 1 - K q_1. One channel is filtered, the belief in
-// label 1, and the logit is a difference whose constant part holds the K 1 of all terms.
+// Two labels: only the difference of their logits matters, and a term's message to it is the filter
+// of one channel, a combination of both beliefs.
 template <typename T>
 class TwoLabels {
  public:
-  explicit TwoLabels(const Problem<T>& problem) : problem_(problem), messages_(problem.points) {
-    std::fill_n(messages_.data(), problem.points, T(0));
-    Workspace<T> row_sum(problem.points);
+  explicit TwoLabels(const Problem<T>& problem) : problem_(problem) {
     for (size_t k = 0; k < problem.lattices.size(); ++k) {
       terms.emplace_back(problem.lattices[k], width);
       Term<T>& term = terms.back();
       const Compatibility<T>& c = problem.compatibilities[k];
-      const T of_ones = static_cast<T>(kLog2E) * (c.at(1, 0) - c.at(0, 0));
-      const T of_belief = static_cast<T>(kLog2E) * (c.at(1, 1) - c.at(0, 1)) - of_ones;
       term.coefficient[0] =
-          static_cast<T>(lattice_gain(static_cast<int>(term.lattice.d()))) * of_belief;
-      filter_ones(term.lattice, row_sum.data());
-      for (int64_t i = 0; i < problem.points; ++i) messages_[i] += of_ones * row_sum[i];
+          static_cast<T>(kLog2E * lattice_gain(static_cast<int>(term.lattice.d())));
+      of_belief_.push_back({c.at(1, 0) - c.at(0, 0), c.at(1, 1) - c.at(0, 1)});
     }
   }
 
@@ -167,8 +166,6 @@ class TwoLabels {
       }
     });
     lattice_kernels<T>().logistic(constant, points, rows, factor);
-    const T* messages = messages_.data() + problem_.tiling.first_point(tile);
-    for (int p = 0; p < points; ++p) constant[p] += messages[p];
     return bad == 0;
   }
   // The belief in label 1 goes to `rows`, that in label 0 to `factor`.
@@ -176,6 +173,12 @@ class TwoLabels {
   void update(int points, MakeLogits&& make_logits, T* rows, T* factor) const {
     make_logits();
     lattice_kernels<T>().logistic(rows, points, rows, factor);
+  }
+  void splat(size_t term, const TileView<T>& tile, const T* rows, const T* factor) const {
+    const auto [of_0, of_1] = of_belief_[term];
+    T combined[kTilePoints];
+    for (int p = 0; p < tile.points; ++p) combined[p] = of_1 * rows[p] + of_0 * factor[p];
+    lattice_kernels<T>().splat_tile(tile, combined, nullptr, width, terms[term].sums.data());
   }
   void store(int64_t tile, int, const T* rows, const T* factor) const {
     const int64_t along = problem_.point_major ? 2 : 1,
@@ -194,7 +197,7 @@ class TwoLabels {
 
  private:
   const Problem<T>& problem_;
-  Workspace<T> messages_;
+  std::vector<std::pair<T, T>> of_belief_;  // of each term: factors of the beliefs in 0 and 1
 };
 
 // Runs the updates of one image; `Form` is LabelRows or TwoLabels. False if the unary energies are
@@ -206,6 +209,11 @@ bool mean_field(const Problem<T>& problem, Form form) {
   const Chunking chunks(tiling);
   const int width = form.width;
   Workspace<T> constants(problem.points * width);
+  std::vector<Blur<T>> blurs;
+  for (const Term<T>& term : form.terms) {
+    blurs.push_back({&term.lattice, term.sums.data(), term.values.data(),
+                     term.matrix.empty() ? nullptr : term.matrix.data()});
+  }
   std::atomic<bool> valid{true};
   for (int64_t step = 0; step <= problem.iterations; ++step) {
     const bool last = step == problem.iterations;
@@ -214,9 +222,9 @@ bool mean_field(const Problem<T>& problem, Form form) {
       Workspace<T> rows_space(kTilePoints * width);
       T factor[kTilePoints];
       T* rows = rows_space.data();
-      if (!last) {
+      if (step == 0 && !last) {
         for (const Term<T>& term : form.terms) {
-          term.lattice.clear_rows(chunk, width, term.next.data());
+          term.lattice.clear_rows(chunk, width, term.sums.data());
         }
       }
       for (int64_t t = chunks.first_tile(chunk); t < chunks.first_tile(chunk + 1); ++t) {
@@ -241,32 +249,14 @@ bool mean_field(const Problem<T>& problem, Form form) {
           form.store(t, points, rows, factor);
           continue;
         }
-        for (const Term<T>& term : form.terms) {
-          kernels.splat_tile(TileView<T>(term.lattice, t, first, points), rows,
-                             width == 1 ? nullptr : factor, width, term.next.data());
+        for (size_t k = 0; k < form.terms.size(); ++k) {
+          form.splat(k, TileView<T>(form.terms[k].lattice, t, first, points), rows, factor);
         }
       }
     });
     if (!valid) return false;
     if (last) break;
-    const auto filter = [&](int64_t k) {
-      Term<T>& term = form.terms[static_cast<size_t>(k)];
-      std::swap(term.values, term.next);
-      T* values = term.values.data();
-      merge_and_blur(term.lattice, false, width, values);
-      if (term.matrix.empty()) return;
-      torch::stable::parallel_for(
-          0, term.lattice.header->vertices, 256, [&](int64_t begin, int64_t end) {
-            kernels.transform_rows(term.matrix.data(), begin, end, width, values);
-          });
-    };
-    // A thread per term where an axis is too short to share.
-    const auto terms = static_cast<int64_t>(form.terms.size());
-    if (width == 1) {
-      parallel_tasks(terms, filter);
-    } else {
-      for (int64_t k = 0; k < terms; ++k) filter(k);
-    }
+    merge_and_blur(blurs, false, width);
   }
   return true;
 }

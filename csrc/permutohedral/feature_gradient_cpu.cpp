@@ -118,8 +118,8 @@ struct FeatureGradient {
         kernels.splat_tile(tile, rows.data(), nullptr, width, w.data());
       }
     });
-    merge_and_blur(lattice, false, width, v.data());
-    merge_and_blur(lattice, true, width, w.data());
+    merge_and_blur<T>({{&lattice, v.data(), v.data()}}, false, width);
+    merge_and_blur<T>({{&lattice, w.data(), w.data()}}, true, width);
     const T gain = static_cast<T>(lattice_gain(d));
     parallel_tasks(chunks.count, [&](int64_t chunk) {
       const FlushDenormals flush;

@@ -24,10 +24,19 @@ template <typename T>
 void build_lattice(const T* features, int64_t d, int64_t height, int64_t width,
                    Normalization normalization, const std::function<void*(int64_t)>& allocate);
 
-// Adds the extra rows of `values` (lattice.rows(), width) to the vertices and blurs these along all
-// axes, last axis first if `reversed`.
+// What happens to one lattice between splat and slice.
 template <typename T>
-void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, T* values);
+struct Blur {
+  const Lattice<T>* lattice;
+  T* sums;                    // [rows] that were splatted into; 0 afterwards
+  T* values;                  // [vertices], or the same array as `sums`
+  const T* matrix = nullptr;  // symmetric, multiplies the channels of the blurred vertices
+};
+
+// Adds the extra rows of the sums to their vertices and blurs these along all axes, last axis first
+// if `reversed`: all lattices at a time.
+template <typename T>
+void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width);
 
 // Rows are padded to a multiple of 8 channels; single channels are not.
 inline int row_width(int64_t channels) { return static_cast<int>((channels + 7) / 8 * 8); }
@@ -83,7 +92,7 @@ void splat_and_blur(const Lattice<T>& lattice, bool transposed, int width, Load&
       lattice_kernels<T>().splat_tile(tile, rows.data(), nullptr, width, values);
     }
   });
-  merge_and_blur(lattice, transposed, width, values);
+  merge_and_blur<T>({{&lattice, values, values}}, transposed, width);
 }
 
 // The inverse: store(tile, rows) receives the filtered `width` channels of each tile.

@@ -18,33 +18,69 @@
 
 namespace fastseg {
 
-using torch::stable::parallel_for;
-
+// Phase 0 merges, 1 to d + 1 blur along an axis each, and the last one multiplies by the matrices.
 template <typename T>
-void merge_and_blur(const Lattice<T>& lattice, bool reversed, int width, T* values) {
+void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width) {
+  constexpr int kMultiply = kMaxFeatures + 2, kPhases = kMultiply + 1;
+  struct Range {
+    const Blur<T>* blur;
+    int64_t begin, end;  // vertices, or chains of an axis
+  };
+  const auto whole = [&](const Blur<T>& blur, int phase) -> Range {
+    const Lattice<T>& lattice = *blur.lattice;
+    if (phase == 0) return {&blur, 0, lattice.header->vertices};
+    if (phase == kMultiply) return {&blur, 0, blur.matrix ? lattice.header->vertices : 0};
+    if (phase > lattice.d() + 1) return {&blur, 0, 0};
+    const int64_t axis = reversed ? lattice.d() + 1 - phase : phase - 1;
+    return {&blur, lattice.axis_begin[axis], lattice.axis_begin[axis + 1]};
+  };
   const auto& kernels = lattice_kernels<T>();
-  const int64_t grain = std::max(1, 16384 / width);  // rows per task
-  parallel_for(0, lattice.header->merges, grain, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int phase, const Range& range) {
     const FlushDenormals flush;
-    kernels.merge_rows(lattice.merge_vertex, lattice.merge_begin, lattice.merge_row, begin, end,
-                       width, values);
-  });
-  const int64_t d1 = lattice.d() + 1;
-  for (int64_t j = 0; j < d1; ++j) {
-    const int64_t axis = reversed ? d1 - 1 - j : j;
-    const int64_t first = lattice.axis_begin[axis], last = lattice.axis_begin[axis + 1];
-    if (first == last) continue;
-    const int64_t length =
-        (lattice.chain_begin[last] - lattice.chain_begin[first]) / (last - first);
-    parallel_for(first, last, grain / length + 1, [&](int64_t begin, int64_t end) {
-      const FlushDenormals flush;
-      kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, begin, end, width, values);
+    const auto& [blur, begin, end] = range;
+    const Lattice<T>& lattice = *blur->lattice;
+    if (phase == 0) {
+      kernels.merge_rows(lattice.merge_begin, lattice.merge_row, begin, end, width, blur->sums,
+                         blur->values);
+    } else if (phase == kMultiply) {
+      kernels.transform_rows(blur->matrix, begin, end, width, blur->values);
+    } else {
+      kernels.blur_chains(lattice.chain_begin, lattice.chain_vertex, begin, end, width,
+                          blur->values);
+    }
+  };
+  if (width == 1) {  // a thread per lattice: cache lines of 16 vertices are not worth sharing
+    parallel_tasks(static_cast<int64_t>(blurs.size()), [&](int64_t i) {
+      for (int phase = 0; phase < kPhases; ++phase) {
+        run(phase, whole(blurs[static_cast<size_t>(i)], phase));
+      }
     });
+    return;
   }
+  std::vector<std::vector<Range>> phases(kPhases);
+  for (int phase = 0; phase < kPhases; ++phase) {
+    for (const Blur<T>& blur : blurs) {
+      const Range all = whole(blur, phase);
+      int64_t step = std::max(1, 16384 / width);  // vertices per task
+      if (phase > 0 && phase < kMultiply && all.begin < all.end) {
+        const int32_t* chain = blur.lattice->chain_begin;
+        step = step * (all.end - all.begin) / (chain[all.end] - chain[all.begin]) + 1;
+      }
+      for (int64_t at = all.begin; at < all.end; at += step) {
+        phases[static_cast<size_t>(phase)].push_back({&blur, at, std::min(all.end, at + step)});
+      }
+    }
+  }
+  const auto of = [&](int phase) -> const std::vector<Range>& {
+    return phases[static_cast<size_t>(phase)];
+  };
+  parallel_phases(
+      kPhases, [&](int phase) { return static_cast<int64_t>(of(phase).size()); },
+      [&](int phase, int64_t task) { run(phase, of(phase)[static_cast<size_t>(task)]); });
 }
 
-template void merge_and_blur<float>(const Lattice<float>&, bool, int, float*);
-template void merge_and_blur<double>(const Lattice<double>&, bool, int, double*);
+template void merge_and_blur<float>(const std::vector<Blur<float>>&, bool, int);
+template void merge_and_blur<double>(const std::vector<Blur<double>>&, bool, int);
 
 namespace {
 

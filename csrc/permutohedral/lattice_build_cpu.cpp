@@ -13,109 +13,12 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "permutohedral/filter.h"
+#include "permutohedral/key_tables.h"
 #include "permutohedral/lattice_kernels.h"
 #include "permutohedral/permutohedral.h"
 
 namespace fastseg {
 namespace {
-
-template <typename Key>
-inline uint64_t hash_key(Key key) {
-  uint64_t x = static_cast<uint64_t>(key);
-  if constexpr (sizeof(Key) > 8) x ^= static_cast<uint64_t>(key >> 64) * 0x9e3779b97f4a7c15u;
-  x *= 0x9e3779b97f4a7c15u;
-  return x ^ (x >> 32);
-}
-
-// Numbers keys in the order of insertion. Open addressing with linear probing, at most half full.
-template <typename Key>
-class KeyTable {
- public:
-  explicit KeyTable(int64_t entries) {
-    int64_t capacity = 64;
-    while (capacity < 2 * entries) capacity *= 2;
-    resize(capacity);
-  }
-  const std::vector<Key>& keys() const { return keys_; }
-  void prefetch(Key key) const { __builtin_prefetch(&slots_[hash_key(key) & mask_]); }
-  // The number of `key`; -1 if it is not there.
-  int32_t find(Key key) const {
-    for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
-      if (slots_[at].id < 0 || slots_[at].key == key) return slots_[at].id;
-    }
-  }
-  int32_t insert(Key key) {
-    for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
-      if (slots_[at].id < 0) {
-        const auto id = static_cast<int32_t>(keys_.size());
-        slots_[at] = {key, id};
-        keys_.push_back(key);
-        if (keys_.size() > slots_.size() / 2) resize(2 * static_cast<int64_t>(slots_.size()));
-        return id;
-      }
-      if (slots_[at].key == key) return slots_[at].id;
-    }
-  }
-
- private:
-  struct Slot {
-    Key key;
-    int32_t id;
-  };
-
-  void resize(int64_t capacity) {
-    slots_.assign(static_cast<size_t>(capacity), {Key(), -1});
-    mask_ = static_cast<uint64_t>(capacity) - 1;
-    for (size_t id = 0; id < keys_.size(); ++id) {
-      uint64_t at = hash_key(keys_[id]) & mask_;
-      while (slots_[at].id >= 0) at = (at + 1) & mask_;
-      slots_[at] = {keys_[id], static_cast<int32_t>(id)};
-    }
-  }
-
-  uint64_t mask_ = 0;
-  std::vector<Slot> slots_;
-  std::vector<Key> keys_;
-};
-
-// Numbers the simplices of a tile in the order of their first points. Without branches that depend
-// on the data, except where two simplices meet in a slot: simplices change with every other point.
-template <typename Key>
-class TileSimplices {
- public:
-  int count = 0;
-  uint8_t first_point[kTilePoints];  // of each simplex
-
-  void find(int n, const Key* key, const uint64_t* order, uint16_t* simplex) {
-    for (int i = n; i-- > 0;) {
-      hash_[i] = hash_key(key[i] ^ static_cast<Key>(order[i] * 0xd1342543de82ef95u)) % kSlots;
-      slots_[hash_[i]] = static_cast<uint8_t>(i);
-    }
-    const auto same = [&](int i, int j) { return key[i] == key[j] && order[i] == order[j]; };
-    uint16_t number[kTilePoints];
-    int crowded[kTilePoints], crowd = 0;  // first points of simplices without a slot
-    count = 0;
-    for (int i = 0; i < n; ++i) {
-      int first = slots_[hash_[i]];
-      if (!same(first, i)) {
-        int k = 0;
-        while (k < crowd && !same(crowded[k], i)) ++k;
-        if (k == crowd) crowded[crowd++] = i;
-        first = crowded[k];
-      }
-      number[i] = static_cast<uint16_t>(count);
-      first_point[count] = static_cast<uint8_t>(i);
-      simplex[i] = number[first];
-      count += first == i;
-    }
-  }
-
- private:
-  static constexpr int kSlots = 2048;
-  static_assert(kTilePoints <= 256, "points of a tile are numbered in 8 bits");
-  uint16_t hash_[kTilePoints];
-  uint8_t slots_[kSlots] = {};
-};
 
 template <typename Key, typename T>
 class Builder {
@@ -270,12 +173,10 @@ class Builder {
       for (int32_t& row : chunk.row) row = row < 0 ? vertices - 1 - row : row;
     }
     merge_begin_.push_back(0);
-    for (size_t v = 0; v < extras.size(); ++v) {
-      const int32_t count = extras[v];
-      extras[v] = merge_begin_.back();  // position of the next extra row of v
-      if (count == 0) continue;
-      merge_vertex_.push_back(static_cast<int32_t>(v));
-      merge_begin_.push_back(merge_begin_.back() + count);
+    for (int32_t& count : extras) {
+      const int32_t begin = merge_begin_.back();
+      merge_begin_.push_back(begin + count);
+      count = begin;  // position of the next extra row
     }
     merge_row_.resize(extra_vertex.size());
     for (size_t k = 0; k < extra_vertex.size(); ++k) {
@@ -344,7 +245,6 @@ class Builder {
     h.width = tiling_.width;
     h.vertices = own_begin_.back();
     h.extra_rows = extra_begin_.back();
-    h.merges = static_cast<int64_t>(merge_vertex_.size());
     for (const Chunk& chunk : found_) h.simplices += chunk.simplices;
     for (const Axis& axis : axes_) {
       h.chains += static_cast<int64_t>(axis.begin.size());
@@ -360,12 +260,11 @@ class Builder {
     h.simplex_vertex = place(h.simplices * d1, 4);
     h.simplex_row = place(h.simplices * d1, 4);
     h.point_simplex = place(points_, 2);
-    h.weight = place(points_ * d1, sizeof(T));
+    h.weight = place(points_ * d1 + 64 / sizeof(T), sizeof(T));
     h.scale = place(points_, sizeof(T));
     h.own_begin = place(chunks_.count + 1, 4);
     h.extra_begin = place(chunks_.count + 1, 4);
-    h.merge_vertex = place(h.merges, 4);
-    h.merge_begin = place(h.merges + 1, 4);
+    h.merge_begin = place(h.vertices + 1, 4);
     h.merge_row = place(h.extra_rows, 4);
     h.axis_begin = place(d1 + 1, 4);
     h.chain_begin = place(h.chains + 1, 4);
@@ -380,7 +279,6 @@ class Builder {
     };
     copy(h.own_begin, own_begin_);
     copy(h.extra_begin, extra_begin_);
-    copy(h.merge_vertex, merge_vertex_);
     copy(h.merge_begin, merge_begin_);
     copy(h.merge_row, merge_row_);
     int32_t* simplex_begin = ints(h.simplex_begin);
@@ -400,6 +298,7 @@ class Builder {
     axis_begin[d1] = chains;
     chain_begin[chains] = entries;
     T* weight = reinterpret_cast<T*>(base + h.weight);
+    std::memset(weight + points_ * d1, 0, 64);
     parallel_tasks(chunks_.count, [&](int64_t c) {
       const Chunk& chunk = found_[static_cast<size_t>(c)];
       const int32_t* vertex = simplex_vertex_.data() + first_point(c) * d1;
@@ -450,7 +349,7 @@ class Builder {
   Workspace<uint16_t> point_simplex_;
   Workspace<T> weight_;
   std::unique_ptr<KeyTable<Key>> table_;
-  std::vector<int32_t> own_begin_, extra_begin_, merge_vertex_, merge_begin_, merge_row_;
+  std::vector<int32_t> own_begin_, extra_begin_, merge_begin_, merge_row_;
   std::vector<Axis> axes_;
 };
 

@@ -6,9 +6,9 @@
 //
 // Splatting sums into rows. Consecutive tiles form a chunk, and a chunk owns its rows: those of
 // the vertices that it is the first to touch, and extra ones for the other vertices it touches.
-// Extra rows are added to their vertices in the order of the chunks: the result has the same bits
-// for any number of threads. Vertices are numbered in the order of first use, so that the rows of
-// a chunk are two ranges.
+// Merging adds the extra rows to their vertices in the order of the chunks: the result has the same
+// bits for any number of threads. Vertices are numbered in the order of first use, so that the rows
+// of a chunk are two ranges.
 #pragma once
 
 #include <algorithm>
@@ -76,13 +76,12 @@ struct LatticeHeader {
   int64_t vertices;    // M
   int64_t extra_rows;  // E
   int64_t simplices;   // distinct (tile, simplex) pairs
-  int64_t merges;      // vertices touched by two or more chunks
   int64_t chains;      // runs of neighbours, all axes together
   int64_t chain_vertices;
   int64_t simplex_begin, simplex_vertex, simplex_row, point_simplex, weight, scale, own_begin,
-      extra_begin, merge_vertex, merge_begin, merge_row, axis_begin, chain_begin, chain_vertex;
+      extra_begin, merge_begin, merge_row, axis_begin, chain_begin, chain_vertex;
 };
-constexpr int64_t kLatticeMagic = 0x4c41545449434532;  // "LATTICE2"
+constexpr int64_t kLatticeMagic = 0x4c41545449434533;  // "LATTICE3"
 
 // Typed access to the buffer.
 template <typename T>
@@ -92,12 +91,11 @@ struct Lattice {
   const int32_t* simplex_vertex;  // [simplices][d + 1] vertices by remainder
   const int32_t* simplex_row;     // [simplices][d + 1] their rows in this chunk: vertex, or M + k
   const uint16_t* point_simplex;  // [N] position in the tile's simplex list
-  const T* weight;                // [N][d + 1] by remainder
+  const T* weight;                // [N][d + 1] by remainder, then 64 bytes of zeros
   const T* scale;                 // [N] 1 / row sum, its root if kSymmetric (and in the weights)
   const int32_t* own_begin;       // [chunks + 1] vertices that a chunk is the first to touch
   const int32_t* extra_begin;     // [chunks + 1] its extra rows, counted from M
-  const int32_t* merge_vertex;    // [merges]
-  const int32_t* merge_begin;     // [merges + 1]
+  const int32_t* merge_begin;     // [M + 1]
   const int32_t* merge_row;       // [E] extra rows, vertex by vertex
   const int32_t* axis_begin;      // [d + 2] chains of each blur axis
   const int32_t* chain_begin;     // [chains + 1]
@@ -116,7 +114,6 @@ struct Lattice {
     at(scale, header->scale);
     at(own_begin, header->own_begin);
     at(extra_begin, header->extra_begin);
-    at(merge_vertex, header->merge_vertex);
     at(merge_begin, header->merge_begin);
     at(merge_row, header->merge_row);
     at(axis_begin, header->axis_begin);

@@ -23,8 +23,8 @@ struct LatticeKernels {
   void (*slice_tile)(const TileView<T>& tile, const T* values, int width, const T* coefficient,
                      const T* in, T* out);
   void (*splat_tile)(const TileView<T>& tile, const T* in, const T* factor, int width, T* sums);
-  void (*merge_rows)(const int32_t* vertex, const int32_t* rows_begin, const int32_t* rows,
-                     int64_t begin, int64_t end, int width, T* values);
+  void (*merge_rows)(const int32_t* extra_begin, const int32_t* extra, int64_t begin, int64_t end,
+                     int width, T* sums, T* values);
   void (*blur_chains)(const int32_t* chain_begin, const int32_t* vertex, int64_t begin, int64_t end,
                       int width, T* values);
   void (*transform_rows)(const T* matrix, int64_t begin, int64_t end, int width, T* rows);

@@ -53,14 +53,16 @@ def bilateral_features(
     sigmas = _positive("bilateral_features", "sigma_rgb", sigma_rgb, image.shape[1])
     # Filled where it is: a copy from the host could not be captured in a CUDA graph.
     colour = torch.cat([torch.full((1,), s, dtype=dtype, device=image.device) for s in sigmas])
-    position = gaussian_features(image.shape[2:], sigma_xy, dtype=dtype, device=image.device)
-    return torch.cat(
-        [
-            position.expand(image.shape[0], *position.shape[1:]),
-            image.to(dtype) / colour.view(1, -1, *[1] * (image.dim() - 2)),
-        ],
-        dim=1,
+    rank = image.dim() - 2
+    features = torch.empty(
+        (image.shape[0], rank + image.shape[1], *image.shape[2:]), dtype=dtype, device=image.device
     )
+    features[:, :rank] = gaussian_features(
+        image.shape[2:], sigma_xy, dtype=dtype, device=image.device
+    )
+    features[:, rank:] = image
+    features[:, rank:] /= colour.view(-1, *[1] * rank)
+    return features
 
 
 def gaussian_lattice(
