@@ -2,12 +2,13 @@
 
 A fresh tensor of some megabytes is mapped, page-faulted and unmapped anew by every call: that is a
 tenth of a network's time. So each result that only the graph itself can see gets a slot of a buffer
-set, such that no two results alive at the same time share one; and convolutions that only feed a
-concatenation write to their channels of its result.
+set, such that no two results alive at the same time share one; and what feeds a concatenation is
+written to its channels of that, where others read it too.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nn.packed import PackedConv2d
-from .nn.pooling import MaxPool2d
+from .nn.packed_pool import PooledConv2d, UnpooledConv2d
+from .nn.pooling import MaxPool2d, MaxUnpool2d
+from .nn.pyramid_pooling import PyramidConv2d
+from .nn.resize import Resize2d
 
-# What neither returns a view of its input nor writes to it.
-MODULES = (PackedConv2d, MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d)
+# What neither returns a view of its input nor writes to it; the first of these read some channels
+# of a concatenation as well as a map of its own.
+STRIDED = (PackedConv2d, PooledConv2d, UnpooledConv2d, Resize2d)
+POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+MODULES = (*STRIDED, *POOLS, MaxUnpool2d, PyramidConv2d)
+FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, operator.add, torch.add)
 METHODS = ("mean", "size")
 
 
@@ -84,65 +91,87 @@ class Concat(nn.Module):
 
 
 def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> None:
-    """Give those packed convolutions of this graph whose results are ``dtype`` their places."""
+    """Give those results of this graph's layers that are ``dtype`` their places."""
     graph, modules = traced.graph, dict(traced.named_modules())
     position = {node: i for i, node in enumerate(graph.nodes)}
     buffers = Buffers(dtype)
 
-    def packed(node: fx.Node) -> PackedConv2d | None:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        ours = isinstance(module, PackedConv2d) and module.dtype == dtype
-        return module if ours else None
+    def owner(node: fx.Node) -> Any:
+        """The module whose ``place`` this result goes to, if it is ``dtype``."""
+        source: Any = node.args[0] if node.target is operator.getitem else node
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            return None
+        module: Any = modules[str(source.target)]
+        if isinstance(module, Resize2d):
+            return module  # which looks at the dtype itself
+        conv = module if isinstance(module, PackedConv2d) else getattr(module, "conv", None)
+        if not isinstance(conv, PackedConv2d) or conv.dtype != dtype:
+            return None
+        if isinstance(module, PooledConv2d):
+            index: Any = node.args[1] if source is not node else None
+            return {0: conv, 1: module}.get(index)
+        return conv if source is node else None
+
+    def written(node: fx.Node) -> int:
+        """When the memory of a result is needed first."""
+        return position[node.all_input_nodes[0] if node.target is operator.getitem else node]
 
     def stays_inside(node: fx.Node) -> bool:
-        return all(_reads_only(user, node, modules) for user in node.users)
+        return all(reads_only(user, node, modules) for user in node.users)
 
-    intervals: list[tuple[int, int, Any]] = []  # first and last use, and who is to know the slot
+    def fits_channels(part: fx.Node, cat: fx.Node) -> bool:
+        """Whether a result may lie among the channels of a concatenation."""
+        if owner(part) is None or part in placed:
+            return False
+        readers = [u for u in part.users if u is not cat and not reads_shape(u, part)]
+        return all(
+            reader.op == "call_module" and isinstance(modules[str(reader.target)], STRIDED)
+            for reader in readers
+        )
+
+    intervals: list[tuple[int, int, list[Place]]] = []  # first and last use
     placed: set[fx.Node] = set()
+
+    def give(node: fx.Node, place: Place) -> Place:
+        owner(node).place = place
+        placed.add(node)
+        return place
+
     for cat in list(graph.nodes):
         parts = concatenated(cat)
         channels = [_channels(part, modules, dtype) for part in parts]
         if not parts or None in channels or not stays_inside(cat):
             continue
-        inside = [
-            part
-            for part in parts
-            if packed(part) and [u for u in part.users if not reads_shape(u, part)] == [cat]
-        ]
+        inside = [part for part in parts if fits_channels(part, cat)]
         if not inside or len(set(parts)) != len(parts):
             continue
-        total, offset, layers = sum(c for c in channels if c), 0, []
+        total, offset, places = sum(c for c in channels if c), 0, [Place(buffers, 0)]
         for part, count in zip(parts, channels, strict=True):
-            layer = packed(part)
-            if part in inside and layer is not None:
-                layer.place = Place(buffers, 0, offset, total)
-                layers.append(layer)
+            if part in inside:
+                places.append(give(part, Place(buffers, 0, offset, total)))
             offset += count or 0
-        concat = Concat(Place(buffers, 0))
         name = f"{cat.name}_in_place"
-        traced.add_submodule(name, concat)
-        modules[name] = concat
+        modules[name] = Concat(places[0])
+        traced.add_submodule(name, modules[name])
         with graph.inserting_before(cat):
             new = graph.call_module(name, tuple(parts))
         cat.replace_all_uses_with(new)
         graph.erase_node(cat)
         position[new] = position.pop(cat)
-        placed.update(inside)
-        first = min(position[part] for part in inside)
-        intervals.append((first, _last_use(new, position), [*layers, concat]))
+        first = min(written(part) for part in inside)
+        intervals.append((first, max(_last_use(n, position) for n in (new, *inside)), places))
     for node in graph.nodes:
-        layer = packed(node)
-        if layer is not None and node not in placed and stays_inside(node):
-            layer.place = Place(buffers, 0)
-            intervals.append((position[node], _last_use(node, position), [layer]))
+        if owner(node) is not None and node not in placed and stays_inside(node):
+            places = [give(node, Place(buffers, 0))]
+            intervals.append((written(node), _last_use(node, position), places))
 
     ends: list[int] = []  # of each slot, the last use of what is in it
-    for first, last, owners in sorted(intervals, key=lambda interval: interval[:2]):
+    for first, last, places in sorted(intervals, key=lambda interval: interval[:2]):
         free = [slot for slot, end in enumerate(ends) if end < first]
         slot = max(free, key=ends.__getitem__) if free else len(ends)  # the one still in a cache
         ends[slot:] = [last] if slot == len(ends) else [last, *ends[slot + 1 :]]
-        for owner in owners:
-            owner.place.slot = slot
+        for place in places:
+            place.slot = slot
     traced.recompile()
 
 
@@ -159,7 +188,7 @@ def reads_shape(user: fx.Node, node: fx.Node) -> bool:
     return False
 
 
-def _reads_only(user: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def reads_only(user: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the value of ``node`` is nowhere else once ``user`` has run."""
     if reads_shape(user, node):
         return True
@@ -183,15 +212,21 @@ def concatenated(node: fx.Node) -> list[fx.Node]:
 
 def _channels(node: fx.Node, modules: dict[str, nn.Module], dtype: torch.dtype) -> int | None:
     """The number of channels of a map of this dtype, where the network alone tells both."""
+    source: Any = node.args[0] if node.args else None
     if node.op == "call_module":
-        module = modules[str(node.target)]
+        module: Any = modules[str(node.target)]
         if isinstance(module, PackedConv2d):
             K = module.weight.shape[0] if module.dtype == dtype else None
             return None if K == 1 and len(node.args) > 1 else K  # the sum may broadcast
+        if isinstance(module, UnpooledConv2d):
+            return module.conv.weight.shape[0] if module.conv.dtype == dtype else None
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        parent: Any = modules.get(str(source.target)) if source.op == "call_module" else None
+        pooled = isinstance(parent, PooledConv2d) and parent.conv.dtype == dtype
+        return parent.conv.weight.shape[0] if pooled and node.args[1] in (0, 1) else None
     same = (
         (node.op == "call_function" and node.target is F.interpolate)
         or (node.op == "call_method" and node.target in ("expand", "expand_as"))
-        or (node.op == "call_module" and isinstance(modules[str(node.target)], MODULES))
+        or (node.op == "call_module" and isinstance(modules[str(node.target)], (*POOLS, Resize2d)))
     )
-    source = node.args[0] if same and node.args else None
-    return _channels(source, modules, dtype) if isinstance(source, fx.Node) else None
+    return _channels(source, modules, dtype) if same and isinstance(source, fx.Node) else None

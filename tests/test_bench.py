@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fastseg.bench import Entry, Measurement, find, html, list_works, markdown, measure
+from fastseg.bench.measure import check_accuracy
 
 from .test_cli import run_cli
 
@@ -129,3 +130,17 @@ def test_html_is_whole_and_escaped():
     assert "<fast>" not in page
     assert "No module named" in page
     assert not any("src" in attrs or "href" in attrs for _, attrs in seen)
+
+
+def test_networks_must_be_as_accurate_as_the_peers():
+    entries = [
+        Entry("fastseg", median=1, rms=1.2e-2),
+        Entry("torch", median=1, rms=1e-2),
+        Entry("openvino", median=1, rms=5e-3),
+        Entry("ncnn", reason="absent", rms=1.0),
+    ]
+    result = Measurement("net", "models", "bfloat16", 2, 1, 1, entries)
+    check_accuracy(result)
+    with pytest.raises(ValueError, match=r"at most 1\.1 times the peers' 1\.0e-02, got 1\.2e-02"):
+        check_accuracy(result, slack=1.1)
+    check_accuracy(replace(result, entries=entries[:2]), slack=1.1)  # one peer is no measure

@@ -21,6 +21,8 @@ template <typename E>
 constexpr int64_t kPerWord = sizeof(float) / sizeof(E);
 template <typename E>
 constexpr int64_t kLine = kGroup * kPerWord<E>;
+// Up to so many output channels a matrix product is not worth its panel (narrow_conv.inl).
+constexpr int64_t kNarrowOutputs = 8;
 // Rows of the largest register tile.
 constexpr int kMaxRows = 14;
 
@@ -54,7 +56,14 @@ struct Convolution {
   const float* bias;        // K rounded up to kPanel
   Activation activation;
   float slope;
-  bool stream;  // write y past the caches
+  bool residual_last;  // it is added behind the activation
+  bool stream;         // write y past the caches
+  // Max pooling by 2x2 windows with stride 2, see conv_pool.inl. Where x is such a pooled image to
+  // be unpooled, x_codes says where in its window each value belongs.
+  Image<const uint8_t> x_codes;  // data == nullptr: x is the image itself
+  Image<T> pooled;               // of y; data == nullptr: not wanted. Else y.data may be null
+  Image<uint8_t> codes;          // and where in its window each maximum lies, or null
+  int64_t Hp, Wp;                // windows
 
   int64_t pixels() const { return N * Ho * Wo; }
   int64_t panels() const { return ceil_div(K, kPanel); }

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "common/cache.h"
 #include "common/check.h"
@@ -73,6 +74,28 @@ void run_gemm(const Conv& conv) {
   });
 }
 
+// Few outputs of many channels: 64 -> 1 at 320x320 took 33 ms as a matrix product on one core.
+template <class Conv>
+bool is_narrow(const Conv& conv) {
+  return conv.K <= kNarrowOutputs && conv.C >= kGroup;
+}
+
+template <class Conv>
+void run_narrow(const Conv& conv) {
+  using T = typename Conv::Storage;
+  const int64_t taps = conv.R * conv.S, weights = conv.K * taps * round_up(conv.C, kGroup);
+  std::vector<float> unpacked(weights);
+  std::vector<T> zeros(conv.C);
+  FASTSEG_CONV_CALL(unpack_narrow<Conv>)(conv, unpacked.data());
+  const auto kernel = FASTSEG_CONV_CALL(narrow_conv<Conv>);
+  const int64_t lines = conv.N * conv.Ho;
+  const int64_t parts = std::min(lines, 8 * int64_t{torch::stable::get_num_threads()});
+  parallel_tasks(parts, [&](int64_t part) {
+    kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
+           unpacked.data(), zeros.data(), scratch<TaskBuffer, const T*>(taps * 8));
+  });
+}
+
 // Tiles of one task of `points` products: few enough that the transformed tiles and their products
 // stay in L2, unless the weights that every task reads anew from L3 are more than twice what it
 // writes and reads of those. 64, 128, 256, 512 channels were fastest with 28 to 42, 28 to 42, 97
@@ -90,7 +113,9 @@ int64_t task_tiles(const Conv& conv, int64_t points) {
 
 template <class Pair, class Conv>
 void run_winograd(const Conv& conv) {
-  const TileGrid grid(Pair{}, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w);
+  // A window that is pooled must not reach over two tiles.
+  const TileGrid grid(Pair{}, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w,
+                      conv.pooled.data != nullptr);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = task_tiles(conv, grid.weight[0]) * grid.weight[0];
   const int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
@@ -146,6 +171,15 @@ Image<T> output_image(const Tensor& t, const char* name) {
 struct Options {
   int64_t R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation;
   double slope;
+  bool residual_last;
+};
+
+// The poolings around a convolution, see conv_pool.inl: codes of x and the size that was pooled,
+// if x is to be unpooled; where maxima and their codes go, if wanted.
+struct Poolings {
+  std::optional<Tensor> x_codes;
+  int64_t H, W;
+  std::optional<Tensor> pooled, codes;
 };
 
 // Output size of one axis.
@@ -160,24 +194,74 @@ int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int
   return (room - 1) / stride + 1;
 }
 
+// Image of codes with the sizes of `values`.
+Image<uint8_t> code_image(const Tensor& t, const Tensor& values) {
+  FASTSEG_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Byte &&
+                    (t.stride(1) == 1 || t.size(1) == 1) && t.size(0) == values.size(0) &&
+                    t.size(1) == values.size(1) && t.size(2) == values.size(2) &&
+                    t.size(3) == values.size(3),
+                "conv_engine: codes must be uint8, channels last, with the shape of the maxima");
+  return {static_cast<uint8_t*>(t.mutable_data_ptr()), t.stride(0), t.stride(2), t.stride(3)};
+}
+
+// Whether there are `windows` windows along an axis of `size` pixels, with or without one that
+// hangs over.
+bool windows_fit(int64_t windows, int64_t size) {
+  return windows == size / 2 || windows == (size + 1) / 2;
+}
+
+template <class Conv>
+void set_poolings(Conv& conv, const Tensor& x, const Poolings& p, int64_t tile) {
+  using T = typename Conv::Storage;
+  const bool winograd = tile != 0 && tile != kLineTile;
+  if (p.x_codes) {
+    FASTSEG_CHECK(winograd, "conv_engine: only square Winograd tiles unpool, got tile ", tile);
+    const Image<uint8_t> codes = code_image(*p.x_codes, x);
+    conv.x_codes = {codes.data, codes.batch, codes.row, codes.pixel};
+    conv.H = p.H, conv.W = p.W;
+    conv.Hp = x.size(2), conv.Wp = x.size(3);
+    FASTSEG_CHECK(windows_fit(conv.Hp, conv.H) && windows_fit(conv.Wp, conv.W),
+                  "conv_engine: x does not have the size of a pooled image of ", conv.H, "x",
+                  conv.W);
+  }
+  if (p.pooled) {
+    FASTSEG_CHECK(winograd && tile % 2 == 0 && conv.dilation_h == 1 && conv.dilation_w == 1,
+                  "conv_engine: only even Winograd tiles without dilation pool, got tile ", tile);
+    FASTSEG_CHECK(!p.x_codes, "conv_engine: cannot unpool and pool at once");
+    conv.pooled = output_image<T>(*p.pooled, "pooled");
+    conv.Hp = p.pooled->size(2), conv.Wp = p.pooled->size(3);
+    FASTSEG_CHECK(p.pooled->size(0) == conv.N && p.pooled->size(1) == conv.K &&
+                      windows_fit(conv.Hp, conv.Ho) && windows_fit(conv.Wp, conv.Wo),
+                  "conv_engine: pooled does not have the size of the pooled output");
+    if (p.codes) conv.codes = code_image(*p.codes, *p.pooled);
+  }
+}
+
 template <class Conv>
 void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
-            const Tensor& out, const Options& o) {
+            const std::optional<Tensor>& out, int64_t out_channels, const Options& o,
+            const Poolings& poolings) {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
   Conv conv{};
   conv.x = input_image<T>(x, "x");
-  conv.y = output_image<T>(out, "out");
   conv.N = x.size(0), conv.C = x.size(1), conv.H = x.size(2), conv.W = x.size(3);
-  conv.K = out.size(1), conv.Ho = out.size(2), conv.Wo = out.size(3);
+  conv.K = out_channels;
+  if (poolings.x_codes) conv.H = poolings.H, conv.W = poolings.W;
+  conv.Ho = output_size(conv.H, o.R, o.stride_h, o.pad_h, o.dilation_h);
+  conv.Wo = output_size(conv.W, o.S, o.stride_w, o.pad_w, o.dilation_w);
   conv.R = o.R, conv.S = o.S;
   conv.stride_h = o.stride_h, conv.stride_w = o.stride_w;
   conv.pad_h = o.pad_h, conv.pad_w = o.pad_w;
   conv.dilation_h = o.dilation_h, conv.dilation_w = o.dilation_w;
-  FASTSEG_CHECK(out.size(0) == conv.N &&
-                    conv.Ho == output_size(conv.H, o.R, o.stride_h, o.pad_h, o.dilation_h) &&
-                    conv.Wo == output_size(conv.W, o.S, o.stride_w, o.pad_w, o.dilation_w),
-                "conv_engine: out does not have the size of this convolution's output");
+  set_poolings(conv, x, poolings, o.tile);
+  FASTSEG_CHECK(out || conv.pooled.data || conv.pixels() == 0, "conv_engine: nothing to write to");
+  if (out) {
+    conv.y = output_image<T>(*out, "out");
+    FASTSEG_CHECK(out->size(0) == conv.N && out->size(1) == conv.K && out->size(2) == conv.Ho &&
+                      out->size(3) == conv.Wo,
+                  "conv_engine: out does not have the size of this convolution's output");
+  }
   if (residual) {
     conv.residual = input_image<T>(*residual, "residual");
     FASTSEG_CHECK(residual->size(0) == conv.N && residual->size(1) == conv.K &&
@@ -206,10 +290,14 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.bias = reinterpret_cast<const float*>(conv.weight + size);
   conv.activation = static_cast<Activation>(o.activation);
   conv.slope = static_cast<float>(o.slope);
+  conv.residual_last = o.residual_last && residual;
   conv.stream = conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
                 conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
                 conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
-  if (o.tile == 0) {
+  if (o.tile == 0 && is_narrow(conv)) {
+    FASTSEG_COUNT("conv_engine.narrow");
+    run_narrow(conv);
+  } else if (o.tile == 0) {
     FASTSEG_COUNT("conv_engine.gemm");
     run_gemm(conv);
   } else if (o.tile == kLineTile) {
@@ -222,18 +310,18 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
 }
 
 void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
-         const Tensor& out, const Options& o) {
+         const std::optional<Tensor>& out, int64_t K, const Options& o, const Poolings& p = {}) {
   const bool dots = packed.scalar_type() == ScalarType::BFloat16;
   FASTSEG_CHECK(dots || packed.scalar_type() == ScalarType::Float,
                 "conv_engine: packed weights must come from conv_engine_pack");
   if (x.scalar_type() != ScalarType::BFloat16) {
     FASTSEG_CHECK(!dots, "conv_engine: weights packed for bfloat16 products need a bfloat16 image");
-    run_as<Convolution<float, float>>(x, packed, residual, out, o);
+    run_as<Convolution<float, float>>(x, packed, residual, out, K, o, p);
   } else if (dots) {
     FASTSEG_COUNT("conv_engine.bf16_products");
-    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, o);
+    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, p);
   } else {
-    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, o);
+    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, p);
   }
 }
 
@@ -241,24 +329,41 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
 Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
                        int64_t out_channels, int64_t R, int64_t S, int64_t stride_h,
                        int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
-                       int64_t dilation_w, int64_t tile, int64_t activation, double slope) {
+                       int64_t dilation_w, int64_t tile, int64_t activation, double slope,
+                       bool residual_last) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
   const Tensor nhwc = torch::stable::new_empty(x, {x.size(0), Ho, Wo, out_channels});
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
-  run(x, packed, residual, out,
-      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope});
+  run(x, packed, residual, out, out_channels,
+      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
+       residual_last});
   return out;
 }
 
 void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
                      const Tensor& out, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
                      int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w,
-                     int64_t tile, int64_t activation, double slope) {
+                     int64_t tile, int64_t activation, double slope, bool residual_last) {
   FASTSEG_CHECK(x.dim() == 4 && out.dim() == 4, "conv_engine: x and out must be (N, C, H, W)");
-  run(x, packed, residual, out,
-      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope});
+  run(x, packed, residual, out, out.size(1),
+      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
+       residual_last});
+}
+
+void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int64_t H, int64_t W,
+                      const Tensor& packed, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& out, const std::optional<Tensor>& pooled,
+                      const std::optional<Tensor>& codes, int64_t out_channels, int64_t R,
+                      int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                      int64_t dilation_h, int64_t dilation_w, int64_t tile, int64_t activation,
+                      double slope, bool residual_last) {
+  FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
+  run(x, packed, residual, out, out_channels,
+      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
+       residual_last},
+      {x_codes, H, W, pooled, codes});
 }
 
 }  // namespace
@@ -268,15 +373,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope) -> Tensor");
+      "int tile, int activation, float slope, bool residual_last=False) -> Tensor");
   m.def(
       "conv_engine_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope) -> ()");
+      "int tile, int activation, float slope, bool residual_last=False) -> ()");
+  m.def(
+      "conv_engine_pool(Tensor x, Tensor? x_codes, int H, int W, Tensor packed, Tensor? residual, "
+      "Tensor(a!)? out, Tensor(b!)? pooled, Tensor(c!)? codes, int out_channels, int R, int S, "
+      "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
+      "int tile, int activation, float slope, bool residual_last=False) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_engine", TORCH_BOX(&conv_engine::conv_engine_cpu));
   m.impl("conv_engine_out", TORCH_BOX(&conv_engine::conv_engine_out));
+  m.impl("conv_engine_pool", TORCH_BOX(&conv_engine::conv_engine_pool));
 }
 
 }  // namespace fastseg

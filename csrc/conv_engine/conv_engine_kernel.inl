@@ -13,6 +13,8 @@
 #include "conv_engine/gemm_tile.inl"
 #include "conv_engine/epilogue.inl"
 #include "conv_engine/gemm_conv.inl"
+#include "conv_engine/narrow_conv.inl"
+#include "conv_engine/conv_pool.inl"
 #include "conv_engine/winograd.inl"
 #include "conv_engine/winograd_1d.inl"
 // clang-format on

@@ -7,10 +7,16 @@ FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
   return v < 0 ? below : v;
 }
 
+// Bias, residual and activation of one vector of sums.
+template <class Conv>
+FASTSEG_INLINE Vec finish(const Conv& conv, Vec sums, Vec bias, Vec residual) {
+  if (conv.residual_last) return activate(sums + bias, conv.activation, conv.slope) + residual;
+  return activate(sums + bias + residual, conv.activation, conv.slope);
+}
+
 // One vector of output.
 template <class Conv>
 FASTSEG_INLINE void store_output(const Conv& conv, Vec v, typename Conv::Storage* y) {
-  v = activate(v, conv.activation, conv.slope);
   if (conv.stream) {
     store_stream(y, v);
   } else {
@@ -24,13 +30,12 @@ static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, co
                                 typename Conv::Storage* y, const typename Conv::Storage* residual) {
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    Vec v = load(sums + i) + load(conv.bias + k + i);
-    if (residual) v += load(residual + k + i);
-    store_output(conv, v, y + k + i);
+    const Vec added = residual ? load(residual + k + i) : Vec{};
+    store_output(conv, finish(conv, load(sums + i), load(conv.bias + k + i), added), y + k + i);
   }
   if (i < columns) {  // sums and bias are padded to whole vectors, images are not
-    Vec v = load(sums + i) + load(conv.bias + k + i);
-    if (residual) v += load_part(residual + k + i, columns - i);
-    store_part(y + k + i, columns - i, activate(v, conv.activation, conv.slope));
+    const Vec added = residual ? load_part(residual + k + i, columns - i) : Vec{};
+    store_part(y + k + i, columns - i,
+               finish(conv, load(sums + i), load(conv.bias + k + i), added));
   }
 }

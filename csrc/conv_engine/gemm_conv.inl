@@ -82,9 +82,12 @@ struct OutputPixels {
 
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
     const Vec bias = load(conv.bias + k + column);
-    return conv.residual.data ? bias + load(pixels[r].residual + k + column) : bias;
+    const bool first = conv.residual.data && !conv.residual_last;
+    return first ? bias + load(pixels[r].residual + k + column) : bias;
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
+    v = activate(v, conv.activation, conv.slope);
+    if (conv.residual_last) v += load(pixels[r].residual + k + column);
     store_output(conv, v, pixels[r].y + k + column);
   }
 };

@@ -162,10 +162,12 @@ using BorderedTriple = TilePair<Winograd<3>, Bordered, Winograd<3>::kProducts>;
 // The tiles along one axis of a dilated convolution of stride 1. Outputs of equal phase (position
 // modulo the dilation) form a dense grid, on which the convolution is not dilated at all; each
 // phase is cut into long tiles of `tile` outputs and short ones of one less, so many that the tiles
-// end where the phase does if they can. The first phases have one output more than the others.
+// end where the phase does if they can; `whole`: into long tiles alone, of which the last may reach
+// beyond it. The first phases have one output more than the others.
 class TileAxis {
  public:
-  TileAxis(int64_t outputs, int64_t dilation, int64_t tile) : dilation_(dilation), tile_(tile) {
+  TileAxis(int64_t outputs, int64_t dilation, int64_t tile, bool whole)
+      : dilation_(dilation), tile_(tile), whole_(whole) {
     const int64_t length = outputs / dilation, longer = outputs % dilation;
     cut(kinds_[0], longer, length + 1);
     cut(kinds_[1], dilation - longer, length);
@@ -194,11 +196,12 @@ class TileAxis {
   void cut(Phases& p, int64_t phases, int64_t outputs) const {
     const int64_t tiles = ceil_div(outputs, tile_), spare = tiles * tile_ - outputs;
     p.phases = phases;
-    p.tiles[1] = spare < tiles ? spare : tiles;
+    p.tiles[1] = whole_ ? 0 : spare < tiles ? spare : tiles;
     p.tiles[0] = tiles - p.tiles[1];
   }
 
   int64_t dilation_, tile_;
+  bool whole_;
   Phases kinds_[2];
 };
 
@@ -209,8 +212,9 @@ struct TileGrid {
   int64_t weight[4];  // products of a tile
 
   template <class Pair>
-  TileGrid(Pair, int64_t N, int64_t Ho, int64_t dilation_h, int64_t Wo, int64_t dilation_w)
-      : y(Ho, dilation_h, Pair::kOut), x(Wo, dilation_w, Pair::kOut), begin{} {
+  TileGrid(Pair, int64_t N, int64_t Ho, int64_t dilation_h, int64_t Wo, int64_t dilation_w,
+           bool whole)
+      : y(Ho, dilation_h, Pair::kOut, whole), x(Wo, dilation_w, Pair::kOut, whole), begin{} {
     for (int shape = 0; shape < 4; ++shape) {
       begin[shape + 1] = begin[shape] + N * y.count(shape / 2) * x.count(shape % 2);
       weight[shape] = Pair::kCount[shape / 2] * Pair::kCount[shape % 2];

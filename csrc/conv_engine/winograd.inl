@@ -93,8 +93,11 @@ struct WinogradKernel {
       const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
       for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
         with_tiles(shape, [&](auto y, auto x) {
-          transform_input(y, x, conv, grid, shape, first, rows, c, c + depth, zeros,
-                          v + (first - begin) * depth, v_point);
+          const auto transform = conv.x_codes.data
+                                     ? transform_input<UnpooledPixel<T>, decltype(y), decltype(x)>
+                                     : transform_input<PlainPixel<T>, decltype(y), decltype(x)>;
+          transform(y, x, conv, grid, shape, first, rows, c, c + depth, zeros,
+                    v + (first - begin) * depth, v_point);
         });
       });
       for (int64_t point = 0; point < kPoints; ++point) {
@@ -246,7 +249,7 @@ struct WinogradKernel {
 
   // Channels [c_begin, c_end) of tiles [first, first + rows) to V; input pixels outside the image
   // are read from `zeros`.
-  template <class Y, class X>
+  template <class Pixel, class Y, class X>
   static void transform_input(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid, int shape,
                               int64_t first, int64_t rows, int64_t c_begin, int64_t c_end,
                               const T* zeros, E* v, int64_t point_stride) {
@@ -255,12 +258,12 @@ struct WinogradKernel {
       const Corner corner(grid, shape, first + r);
       const int64_t x0 = corner.x - conv.pad_w + X::kOffset * conv.dilation_w;
       const int64_t y0 = corner.y - conv.pad_h + Y::kOffset * conv.dilation_h;
-      const T* src[Y::kIn][X::kIn];
+      Pixel src[Y::kIn][X::kIn];
       for (int i = 0; i < Y::kIn; ++i) {
         for (int j = 0; j < X::kIn; ++j) {
           const int64_t y = y0 + i * conv.dilation_h, x = x0 + j * conv.dilation_w;
           const bool inside = y >= 0 && y < conv.H && x >= 0 && x < conv.W;
-          src[i][j] = inside ? conv.x.at(corner.n, y, x) : zeros;
+          src[i][j] = inside ? Pixel::at(conv, corner.n, y, x) : Pixel::of(zeros);
         }
       }
       for (int64_t c = c_begin; c < c_end; c += kLine<E>) {
@@ -269,11 +272,11 @@ struct WinogradKernel {
           transform_group(tile_y, tile_x, src, c, dst, point_stride);
         } else {  // C is not a whole number of groups
           alignas(64) T last[Y::kIn * X::kIn][kLine<E>] = {};
-          const T* padded[Y::kIn][X::kIn];
+          PlainPixel<T> padded[Y::kIn][X::kIn];
           for (int i = 0; i < Y::kIn * X::kIn; ++i) {
-            padded[i / X::kIn][i % X::kIn] = last[i];
+            padded[i / X::kIn][i % X::kIn] = {last[i]};
             for (int64_t l = 0; l < conv.C - c; ++l) {
-              last[i][l] = src[i / X::kIn][i % X::kIn][c + l];
+              last[i][l] = src[i / X::kIn][i % X::kIn].value(c + l);
             }
           }
           transform_group(tile_y, tile_x, padded, 0, dst, point_stride);
@@ -283,8 +286,8 @@ struct WinogradKernel {
   }
 
   // A line of channels of one tile.
-  template <class Y, class X>
-  static void transform_group(Y tile_y, X tile_x, const T* const (&src)[Y::kIn][X::kIn], int64_t c,
+  template <class Pixel, class Y, class X>
+  static void transform_group(Y tile_y, X tile_x, const Pixel (&src)[Y::kIn][X::kIn], int64_t c,
                               E* dst, int64_t point_stride) {
     for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec columns[Y::kProducts][X::kIn];
@@ -292,7 +295,7 @@ struct WinogradKernel {
       for (int j = 0; j < X::kIn; ++j) {
         Vec d[Y::kIn], v[Y::kProducts];
 #pragma GCC unroll 8
-        for (int i = 0; i < Y::kIn; ++i) d[i] = load(src[i][j] + c + l);
+        for (int i = 0; i < Y::kIn; ++i) d[i] = src[i][j].vector(c + l);
         input_transform(tile_y, d, v);
 #pragma GCC unroll 8
         for (int i = 0; i < Y::kProducts; ++i) columns[i][j] = v[i];
@@ -321,6 +324,12 @@ struct WinogradKernel {
         alignas(64) float sums[Y::kOut][X::kOut][kPanel];
         for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
           inverse_transform(tile_y, tile_x, m + k + l, point_stride, sums, l);
+        }
+        if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
+          if (conv.pooled.data) {
+            pool_tile<Y::kOut>(conv, corner.n, corner.y, corner.x, k, columns(conv, k), sums);
+            continue;
+          }
         }
         for (int i = 0; i < Y::kOut && corner.y + i * conv.dilation_h < conv.Ho; ++i) {
           for (int j = 0; j < X::kOut && corner.x + j * conv.dilation_w < conv.Wo; ++j) {

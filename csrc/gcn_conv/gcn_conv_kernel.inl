@@ -13,6 +13,7 @@
 #include "conv_engine/bf16.inl"
 #include "conv_engine/gemm_tile.inl"
 #include "conv_engine/epilogue.inl"
+#include "conv_engine/conv_pool.inl"
 #include "conv_engine/winograd.inl"
 #include "conv_engine/winograd_1d.inl"
 // clang-format on

@@ -30,6 +30,7 @@ class Entry:
     minimum: float = 0.0
     runs: int = 0
     error: float = 0.0  # largest difference from the exact result, over its largest value
+    rms: float = 0.0  # root of the mean squared difference, over that of the exact result
     rss: int = 0  # peak resident bytes of the process, everything included
 
 
@@ -131,8 +132,9 @@ def measure(
         report: called with the name of what is being prepared.
 
     Raises:
-        ValueError: an unknown peer or dtype, or an output of fastseg's in float32 that is further
-            from float64 than the work's tolerance.
+        ValueError: an unknown peer or dtype, an output of fastseg's in float32 that is further
+            from float64 than the work's tolerance, or a network that is less accurate than those
+            of the peers (:func:`check_accuracy`).
     """
     known = peers_of(work.group)
     unknown = sorted(set(peers or ()) - set(known))
@@ -170,14 +172,29 @@ def measure(
             worker.finish()
         if (folder / f"{reference}.npy").exists():
             expected = np.load(folder / f"{reference}.npy")
-            scale = np.abs(expected).max()
             for worker in ready:
-                difference = np.abs(np.load(worker.output) - expected).max() / scale
-                worker.entry.error = float(difference)
+                difference = np.load(worker.output) - expected
+                worker.entry.error = float(np.abs(difference).max() / np.abs(expected).max())
+                worker.entry.rms = float(np.sqrt((difference**2).sum() / (expected**2).sum()))
     ours = result.entry("fastseg")
     if dtype == "float32" and ours and ours.error > work.tolerance:
         raise ValueError(
             f"bench: fastseg's {work.name} must be within {work.tolerance:.0e} of {reference}, "
             f"got {ours.error:.1e}"
         )
+    check_accuracy(result)
     return result
+
+
+def check_accuracy(result: Measurement, slack: float = 1.25) -> None:
+    """Raise ValueError where a network of fastseg's is further from float64 than ``slack`` times
+    the worst of two or more peers, root mean square: one flipped maximum is no loss of accuracy."""
+    ours = result.entry("fastseg")
+    others = [e.rms for e in result.entries if e.peer != "fastseg" and not e.reason]
+    if result.group != "models" or ours is None or len(others) < 2:
+        return
+    if ours.rms > slack * max(others):
+        raise ValueError(
+            f"bench: the error of fastseg's {result.work} in {result.dtype} must be at most "
+            f"{slack} times the peers' {max(others):.1e}, got {ours.rms:.1e}"
+        )

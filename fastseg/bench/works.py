@@ -217,26 +217,21 @@ def _ops() -> list[Work]:
 
 def _models() -> list[Work]:
     works = []
-    for name, size in (
-        ("u2netp", (320, 320)),
-        ("fcn_resnet50", (513, 513)),
-        ("deeplabv3_resnet50", (513, 513)),
-        ("deeplabv3_resnet101", (513, 513)),
-        ("pspnet_resnet50", (513, 513)),
-        ("segnet_vgg16", (360, 480)),
-        ("unet", (360, 480)),
+    for name, size, batches in (
+        ("u2netp", (320, 320), (1, 4)),
+        ("fcn_resnet50", (513, 513), (1,)),
+        ("deeplabv3_resnet50", (513, 513), (1, 4)),
+        ("deeplabv3_resnet101", (513, 513), (1,)),
+        ("pspnet_resnet50", (513, 513), (1,)),
+        ("segnet_vgg16", (360, 480), (1, 4)),
+        ("unet", (360, 480), (1,)),
     ):
         # A near-tie of SegNet's pooling flips an index in any float32 implementation.
         tolerance = 1e-1 if name == "segnet_vgg16" else 1e-4
-        works.append(
-            Work(
-                f"{name}-{size[0]}x{size[1]}",
-                "models",
-                partial(Network, name),
-                (1, 3, *size),
-                tolerance,
-            )
-        )
+        for N in batches:
+            full = f"{name}-{size[0]}x{size[1]}" + ("" if N == 1 else f"-n{N}")
+            build = partial(Network, name)
+            works.append(Work(full, "models", build, (N, 3, *size), tolerance))
     return works
 
 

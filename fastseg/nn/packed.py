@@ -34,6 +34,7 @@ class PackedConv2d(nn.Module):
         accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile` and
             :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
+        residual_last: the residual is added behind the activation.
 
     Shapes: x (N, C, H, W), residual (N, K, Ho, Wo) -> (N, K, Ho, Wo), channels last.
 
@@ -53,6 +54,7 @@ class PackedConv2d(nn.Module):
         negative_slope: float = 0.01,
         accuracy: str = "default",
         dtype: torch.dtype = torch.float32,
+        residual_last: bool = False,
     ) -> None:
         super().__init__()
         reason = unsupported(conv, bn)
@@ -84,6 +86,7 @@ class PackedConv2d(nn.Module):
             "dilation": conv.dilation,
             "activation": activation,
             "negative_slope": negative_slope,
+            "residual_last": residual_last,
         }
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
@@ -111,16 +114,23 @@ class PackedConv2d(nn.Module):
             return self(x[None], residual, out)[0]
         if x.dtype != self.dtype:  # also under autocast, behind a layer that is left to torch
             x = x.to(self.dtype, memory_format=torch.channels_last)
-        packed, shape = self._prepare(x)
-        if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-            # It broadcasts, or decides the dtype of the sum.
+        packed, shape = self.prepare(x)
+        if residual is not None and not self.adds(x, residual):
+            if packed.residual_last:
+                return conv_engine(x, packed) + residual
             y = conv_engine(x, replace(packed, activation="none")) + residual
             return activate(y, packed.activation, packed.negative_slope)
         if out is None and self.place is not None:
             out = self.place.image(shape)
         return conv_engine(x, packed, residual, out)
 
-    def _prepare(self, x: Tensor) -> tuple[PackedConv, tuple[int, ...]]:
+    def adds(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether the engine adds this residual: it neither broadcasts nor decides the dtype."""
+        if residual is None:
+            return True
+        return residual.dtype == self.dtype and residual.shape == self.prepare(x)[1]
+
+    def prepare(self, x: Tensor) -> tuple[PackedConv, tuple[int, ...]]:
         """The packed weights for an input of this shape and the shape of the result. To choose
         again at every call takes 16 us, as long as a layer of 16 channels on 8x8 pixels."""
         size = tuple(x.shape)
@@ -144,7 +154,9 @@ class PackedConv2d(nn.Module):
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
         return f"{C}, {K}, kernel_size=({R}, {S}), " + ", ".join(
-            f"{name}={value}" for name, value in self.options.items() if name != "negative_slope"
+            f"{name}={value}"
+            for name, value in self.options.items()
+            if name not in ("negative_slope", "residual_last")
         )
 
     def _geometry(self) -> list[tuple[int, int]]:

@@ -145,6 +145,20 @@ class PackedConv:
     tile: int
     activation: str
     negative_slope: float
+    residual_last: bool = False
+
+    def options(self) -> tuple:
+        """What the ops are told beside the tensors, in the order of their schemas."""
+        return (
+            *self.kernel_size,
+            *self.stride,
+            *self.padding,
+            *self.dilation,
+            self.tile,
+            ACTIVATIONS.index(self.activation),
+            self.negative_slope,
+            self.residual_last,
+        )
 
 
 def pack_conv(
@@ -158,6 +172,7 @@ def pack_conv(
     negative_slope: float = 0.01,
     tile: int = 0,
     products: torch.dtype = torch.float32,
+    residual_last: bool = False,
 ) -> PackedConv:
     """Prepare a convolution for ``conv_engine``.
 
@@ -170,6 +185,7 @@ def pack_conv(
         products: what the packed weights and the (transformed) input are rounded to before they
             are multiplied: float32, for images of either dtype, or for bfloat16 images bfloat16;
             see ``choose_algorithm``. Sums are float32.
+        residual_last: a residual is added behind the activation instead of before.
 
     Returns:
         The packed form: ``TILES[tile][3] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
@@ -198,20 +214,31 @@ def pack_conv(
             weight.detach().contiguous(), bias, tile, products == torch.bfloat16
         )
     return PackedConv(
-        packed, C, K, (R, S), stride, padding, dilation, tile, activation, negative_slope
+        packed,
+        C,
+        K,
+        (R, S),
+        stride,
+        padding,
+        dilation,
+        tile,
+        activation,
+        negative_slope,
+        residual_last,
     )
 
 
 def conv_engine(
     x: Tensor, conv: PackedConv, residual: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients.
+    """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients;
+    ``activation(conv2d(x, weight, bias)) + residual`` if packed with ``residual_last``.
 
     Args:
         x: (N, C, H, W) float32 or bfloat16 on the CPU, best in channels-last memory (else it is
             copied). Of bfloat16 the result is rounded once, to nearest even.
         conv: from ``pack_conv``.
-        residual: (N, K, Ho, Wo), dtype of ``x``, to add before the activation, or None.
+        residual: (N, K, Ho, Wo), dtype of ``x``, to add, or None.
         out: (N, K, Ho, Wo), dtype of ``x``, to write to, with channel stride 1: a slice of channels
             of a larger channels-last tensor makes a concatenation free.
 
@@ -229,20 +256,13 @@ def conv_engine(
         raise ValueError(
             "conv_engine: computes no gradients, call it under torch.no_grad() or use conv_bn_act"
         )
-    x = _channels_last(x)
-    residual = _channels_last(residual) if residual is not None else None
-    options = (
-        *conv.kernel_size,
-        *conv.stride,
-        *conv.padding,
-        *conv.dilation,
-        conv.tile,
-        ACTIVATIONS.index(conv.activation),
-        conv.negative_slope,
-    )
+    x = channels_last(x)
+    residual = channels_last(residual) if residual is not None else None
     if out is None:
-        return torch.ops.fastseg.conv_engine(x, conv.packed, residual, conv.out_channels, *options)
-    torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *options)
+        return torch.ops.fastseg.conv_engine(
+            x, conv.packed, residual, conv.out_channels, *conv.options()
+        )
+    torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *conv.options())
     return out
 
 
@@ -257,12 +277,15 @@ def conv_engine_reference(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "none",
     negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """What ``conv_engine(x, pack_conv(weight, bias, ...), residual)`` means, in plain PyTorch."""
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
-    if residual is not None:
-        y = y + residual
-    return activate(y, activation, negative_slope)
+    if residual is None:
+        return activate(y, activation, negative_slope)
+    if residual_last:
+        return activate(y, activation, negative_slope) + residual
+    return activate(y + residual, activation, negative_slope)
 
 
 def activate(y: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -272,7 +295,7 @@ def activate(y: Tensor, activation: str, negative_slope: float) -> Tensor:
     return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """x with channel stride 1: itself where it has that, be it a slice of something larger."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
@@ -297,7 +320,7 @@ def _(weight: Tensor, bias: Tensor | None, tile: int, bfloat16: bool = False) ->
 @torch.library.register_fake("fastseg::conv_engine")
 def _(
     x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
-    dilation_w, tile, activation, slope,
+    dilation_w, tile, activation, slope, residual_last=False,
 ):  # fmt: skip
     geometry = ((R, S), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
     Ho, Wo = output_size(x.shape[2:], *geometry)
@@ -307,6 +330,6 @@ def _(
 @torch.library.register_fake("fastseg::conv_engine_out")
 def _(
     x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile,
-    activation, slope,
+    activation, slope, residual_last=False,
 ):  # fmt: skip
     return None

@@ -36,6 +36,7 @@ class Layer:
     bn: nn.BatchNorm2d | None = None
     activation: str = "none"
     slope: float = 0.0
+    residual_last: bool = False  # a sum is formed behind the activation
 
     def pack(self, settings: dict[str, Any]) -> PackedConv2d:
         """``settings``: keyword arguments of PackedConv2d that are the same in a whole network."""
@@ -44,6 +45,7 @@ class Layer:
             self.bn,
             activation=self.activation,
             negative_slope=self.slope,
+            residual_last=self.residual_last,
             **settings,
         )
 
@@ -109,7 +111,7 @@ class Fusion:
 
     def fuse(self, node: fx.Node, layer: Layer) -> None:
         """One packed convolution in place of ``node`` and what may follow it: batch norm, addition
-        of another result, activation."""
+        of another result, activation; or the activation first."""
         chain, args = [node], [*node.args, *node.kwargs.values()]
         after = only_user(node)
         bn = self.module(after)
@@ -134,6 +136,13 @@ class Fusion:
             layer.activation, layer.slope = self.activation(after)
             if after is not None and layer.activation != "none":
                 chain.append(after)
+                after = only_user(after)
+        if layer.activation != "none" and len(args) == 1:
+            summand = self.summand(after, chain)
+            if after is not None and summand is not None:
+                args.append(summand)
+                chain.append(after)
+                layer.residual_last = True
         packed = layer.pack(self.settings)
         name = str(node.target)
         while any(n.target == name and n is not node for n in self.traced.graph.nodes):

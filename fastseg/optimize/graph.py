@@ -13,6 +13,7 @@ from . import patterns
 from .constants import keep_float32
 from .fusion import Fusion, Report
 from .lift import lift
+from .pooling import pool_results, unpool_inputs
 
 
 def optimize_graph(
@@ -40,6 +41,9 @@ def optimize_graph(
     patterns.resize_and_choose(traced, report)
     if settings.get("dtype") == torch.bfloat16:
         keep_float32(traced, report)
+    patterns.resize_maps(traced, report)
+    pool_results(traced, report)
+    unpool_inputs(traced, report)
     traced.delete_all_unused_submodules()
     traced.recompile()
     plan_memory(traced, settings.get("dtype", torch.float32))

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..memory_plan import reads_only
 from ..nn.packed import PackedConv2d
 from ..nn.pooling import MaxPool2d
 from ..nn.pyramid_pooling import PyramidConv2d
+from ..nn.resize import MODES, Resize2d
 from ..ops import max_unpool2d, to_torch_indices, upsample_argmax, upsample_softmax
 from .fusion import Fusion, Report, argument, is_plain, module_of, only_user
 
@@ -233,6 +235,23 @@ def resize_and_choose(traced: fx.GraphModule, report: Report) -> None:
         report.append((after.name, f"resize and {kind} in one pass"))
 
 
+def resize_maps(traced: fx.GraphModule, report: Report) -> None:
+    """Resizing of maps that stay in the graph writes where the memory plan says."""
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        resized = _resized(node, MODES)
+        if resized is None or not node.users:
+            continue
+        if not all(reads_only(user, node, modules) for user in node.users):
+            continue
+        size, source, _ = resized
+        scale = argument(node, 2, "scale_factor")
+        options = (argument(node, 3, "mode", "nearest"), argument(node, 4, "align_corners"))
+        module = Resize2d(None if size is not None else scale, *options)
+        _call(traced, node, module, (source,) if size is None else (source, size))
+        report.append((node.name, "resized into its place"))
+
+
 def resized_labels(
     x: Tensor, size: Any, scale: Any, align_corners: bool, keepdim: bool = False
 ) -> Tensor:
@@ -318,13 +337,13 @@ def _poolable(options: dict[str, Any]) -> bool:
     return pairs[0][0] * pairs[0][1] <= 256 and pairs[3] == (1, 1)
 
 
-def _resized(node: Any) -> tuple[Any, fx.Node, bool] | None:
-    """Size (None where a whole factor is given), source and align_corners of a bilinear resize."""
+def _resized(node: Any, modes: tuple[str, ...] = ("bilinear",)) -> tuple[Any, fx.Node, bool] | None:
+    """Size (None where a whole factor is given), source and align_corners of a resize."""
     if not isinstance(node, fx.Node) or node.target is not F.interpolate:
         return None
     names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
     given = {name: argument(node, i, name) for i, name in enumerate(names)}
-    if given["mode"] != "bilinear" or argument(node, 6, "antialias", False):
+    if (given["mode"] or "nearest") not in modes or argument(node, 6, "antialias", False):
         return None
     if given["size"] is None:
         factors = _pair(given["scale_factor"])

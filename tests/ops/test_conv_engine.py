@@ -289,3 +289,45 @@ def test_errors():
         conv_engine(torch.randn(1, 16, 5, 5).double(), conv)
     with pytest.raises(ValueError, match="out does not have the size"):
         conv_engine(torch.randn(1, 16, 5, 5), conv, out=torch.empty(1, 5, 5, 8).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("tile", [0, 2, 4, 6])
+@pytest.mark.parametrize("K", [1, 5, 21, 64])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+def test_residual_behind_the_activation(tile, K, activation, cpu_isa):
+    options = {"padding": (1, 1), "activation": activation, "residual_last": True}
+    tensors = case(2, 32, 13, 11, K, (3, 3), **options)
+    exact = exact_result(*tensors, **options)
+    y = conv_engine(tensors[0], pack_conv(*tensors[1:3], **options, tile=tile), tensors[3])
+    assert relative_error(y, exact) <= ALLOWED[tile]
+    without = conv_engine(tensors[0], pack_conv(*tensors[1:3], **options, tile=tile))
+    plain = exact_result(*tensors[:3], None, **options)
+    assert relative_error(without, plain) <= ALLOWED[tile]
+
+
+NARROW_CASES = [  # N, C, H, W, K, kernel, stride, padding, dilation
+    (1, 64, 20, 23, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 19, 9, 7, 8, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 2048, 5, 6, 3, (3, 3), (2, 1), (6, 6), (6, 6)),
+    (3, 16, 8, 9, 5, (5, 2), (1, 2), (2, 0), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", NARROW_CASES, ids=str)
+def test_few_output_channels(shape, dtype, cpu_isa, threads):
+    N, C, H, W, K, kernel, stride, padding, dilation = shape
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "activation": "relu"}
+    x, weight, bias, residual = case(N, C, H, W, K, kernel, **options)
+    x, residual = x.to(dtype), residual.to(dtype)
+    conv = pack_conv(weight, bias, **options)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(conv_engine(x, conv, residual))
+    assert torch.equal(*results)
+    exact = exact_result(x, weight, bias, residual, **options)
+    if dtype == torch.bfloat16:  # rounded once
+        assert torch.allclose(results[0].double(), exact, rtol=2**-8, atol=1e-5 * exact.abs().max())
+    else:
+        assert relative_error(results[0], exact) <= ALLOWED[0]
