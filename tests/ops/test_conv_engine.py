@@ -213,6 +213,10 @@ def test_choice():
     assert choice(64, 64, stride=(2, 2)) == 0
     assert choice(64, 64, kernel=(1, 1)) == 0
     assert choice(3, 64) == 0
+    assert choice(2048, 256, padding=(1, 1)) == 4  # F(6, 3) is for dilated ones alone
+    assert choice(2048, 256, padding=(6, 6), dilation=(6, 6)) == 6
+    assert choice(512, 256, padding=(6, 6), dilation=(6, 6)) == 4
+    assert choice(2048, 256, padding=(12, 12), dilation=(12, 12), size=(33, 33)) == 4
     # Sub-grids smaller than a tile of four, which would be mostly waste.
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == 1
     assert choice(2048, 256, padding=(24, 24), dilation=(24, 24)) == 3
