@@ -84,7 +84,7 @@ struct StoreTile {
   float* out;
   bool add = false;
   int64_t stride = kPanel;
-  // Where the sums lie in L3, their lines come in the time of the products: 2 to 5 %.
+  // Where the sums lie in L3, their lines come in the time of the products: 1 to 5 %.
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
     __builtin_prefetch(out + r * stride + column, 1, 2);
     return Vec{};
