@@ -25,7 +25,7 @@ class PackedConv2d(nn.Module):
 
     The batch norm is folded into the weights. They are packed at the first call, once for every
     algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
-    the memory of the layer.
+    the memory of the layer, up to eight where the dilation is in the order of the map.
 
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.

@@ -37,6 +37,7 @@ ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine
 # one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
 TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
 STRICT = (1, 2)  # those that round no more than torch's own convolution
+READ = 20  # multiplications in the time that a weight takes to be read
 LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
 
 
@@ -54,9 +55,11 @@ def choose_tile(
     ``TILES`` or ``LINE``.
 
     The one with the fewest multiplications wins; a transform counts like 12 more channels on the
-    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels).
-    F(6, 3) is not faster than F(4, 3) where it does not halve the count.
-    ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
+    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels), a
+    weight that is read like 20 multiplications (25 at 512 channels, 50 for those that come from
+    memory). F(6, 3) is for dilated convolutions of 2048 channels; elsewhere its larger error has to
+    save a third. ``accuracy="strict"`` leaves out what rounds more than torch's own
+    convolution.
     """
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
@@ -69,13 +72,15 @@ def choose_tile(
     grid = max(-(-n // d) for n, d in zip(size, dilation, strict=True))  # pixels of a sub-grid
     if tuple(padding) != tuple(dilation):
         grid = 4
-    cost = {0: 9.0 * Ho * Wo * C * K}
+    cost = {0: 9.0 * (Ho * Wo + READ) * C * K}
     for tile in STRICT if accuracy == "strict" else TILES:
         if tile in (1, 3) and grid > TILES[tile][0]:
             continue
-        cost[tile] = winograd_products((Ho, Wo), dilation, tile) * (C * K + 12.0 * (C + K))
-    if 6 in cost:
-        cost[6] *= 1.5
+        products, weights = winograd_products((Ho, Wo), dilation, tile)
+        cost[tile] = products * (C * K + 12.0 * (C + K))
+        if tile == 6 and (C < 2048 or min(dilation) == 1):
+            cost[tile] *= 1.5
+        cost[tile] += READ * weights * C * K
     return min(cost, key=cost.__getitem__)
 
 
@@ -116,19 +121,23 @@ def output_size(
     return Ho, Wo
 
 
-def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> int:
-    """Multiplications per pair of channels for an output (H, W), each sub-grid cut on its own."""
-    outputs, long_products, short_products, _ = TILES[tile]
-    result = 1
+def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:
+    """Multiplications per pair of channels for an output (H, W), each sub-grid cut on its own, and
+    transformed weights that take part."""
+    outputs, long_products, short_products, packed = TILES[tile]
+    products = weights = 1
     for n, d in zip(output, dilation, strict=True):
         length, longer = divmod(n, d)
-        along = 0
+        long = short = 0  # tiles
         for phases, n_phase in ((longer, length + 1), (d - longer, length)):
             tiles = -(-n_phase // outputs)
-            short = min(tiles, tiles * outputs - n_phase)
-            along += phases * ((tiles - short) * long_products + short * short_products)
-        result *= along
-    return result
+            shorter = min(tiles, tiles * outputs - n_phase)
+            long += phases * (tiles - shorter)
+            short += phases * shorter
+        products *= long * long_products + short * short_products
+        used = (long > 0) * long_products, (short > 0) * short_products
+        weights *= max(used) if packed == long_products else sum(used)
+    return products, weights
 
 
 @dataclass(frozen=True)

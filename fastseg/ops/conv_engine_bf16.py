@@ -78,7 +78,7 @@ def choose_algorithm(
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
     cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / 2}
     for m in {tile, 2, 4}:
-        products = winograd_products((Ho, Wo), dilation, m) * (1.5 if m == 6 else 1)
+        products = winograd_products((Ho, Wo), dilation, m)[0] * (1.5 if m == 6 else 1)
         cost[m, torch.float32] = products * (C * K + 12 * (C + K))
         if m in ROUNDED[accuracy]:
             cost[m, torch.bfloat16] = products * (C * K / 2 + 12 * (C + K))

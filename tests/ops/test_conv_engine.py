@@ -125,6 +125,20 @@ def test_line(shape, vertical, cpu_isa):
     assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[5]
 
 
+@pytest.mark.parametrize(("rate", "tile"), [(6, 6), (12, 6), (18, 4), (24, 3), (36, 1)])
+def test_branch_of_aspp(rate, tile, threads):
+    """The algorithm that is chosen for 2048 channels, on several tasks with tiles of all shapes."""
+    options = {"padding": (rate, rate), "dilation": (rate, rate), "activation": "relu"}
+    tensors = case(1, 2048, 65, 65, 32, (3, 3), **options)
+    assert tile == choose_tile(2048, 256, (3, 3), (65, 65), (1, 1), *[(rate, rate)] * 2)
+    conv = pack_conv(*tensors[1:3], **options, tile=tile)
+    threads(2)
+    y = conv_engine(tensors[0], conv, tensors[3])
+    assert relative_error(y, exact_result(*tensors, **options)) <= ALLOWED[tile]
+    threads(1)
+    assert torch.equal(conv_engine(tensors[0], conv, tensors[3]), y)
+
+
 @pytest.mark.slow
 def test_pieces_of_many_tasks():
     check_tile((1, 2048, 161, 163, 32, (1, 1), (1, 1)), 4)
@@ -213,6 +227,10 @@ def test_choice():
     assert choice(64, 64, stride=(2, 2)) == 0
     assert choice(64, 64, kernel=(1, 1)) == 0
     assert choice(3, 64) == 0
+    assert choice(2048, 256, padding=(1, 1)) == 4  # F(6, 3) is for dilated ones alone
+    assert choice(2048, 256, padding=(6, 6), dilation=(6, 6)) == 6
+    assert choice(512, 256, padding=(6, 6), dilation=(6, 6)) == 4
+    assert choice(2048, 256, padding=(12, 12), dilation=(12, 12), size=(33, 33)) == 4
     # Sub-grids smaller than a tile of four, which would be mostly waste.
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == 1
     assert choice(2048, 256, padding=(24, 24), dilation=(24, 24)) == 3
