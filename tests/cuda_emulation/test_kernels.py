@@ -27,6 +27,7 @@ def image(*shape, dtype=torch.float32, layout=CPU):
 def pooling(ops, shape, dtype, layout, window, packed=False):
     """Pool, unpool with both meeting rules, pool by index: all that depends on one geometry."""
     x = image(*shape, dtype=dtype, layout=layout)
+    x[0, 1, 2:4, 3] = torch.nan
     size, stride, padding = [[a, a] for a in window]
     y, indices = ops.max_pool2d(x, size, stride, padding, True, packed)
     results = [y, indices]
@@ -38,12 +39,12 @@ def pooling(ops, shape, dtype, layout, window, packed=False):
     return results
 
 
-def training(ops, channels, layout, dtype, residual, slope=0.0):
+def training(ops, channels, layout, dtype, residual, slope=0.0, size=(9, 8)):
     """Forward and backward of the fused pass after a convolution."""
-    x = torch.randn(2, 5, 9, 8).to(dtype).contiguous(memory_format=layout)
+    x = torch.randn(2, 5, *size).to(dtype).contiguous(memory_format=layout)
     weight = torch.randn(channels, 5, 1, 1).to(dtype)
     scale, shift = torch.randn(2, channels)
-    r = torch.randn(2, channels, 9, 8).to(dtype) if residual else None
+    r = torch.randn(2, channels, *size).to(dtype) if residual else None
     geometry = ([1, 1], [0, 0], [1, 1], 1)
     z, y, mean, var = ops.conv_bn_act(x, weight, None, scale, shift, r, *geometry, 1e-5, slope)
     dz = torch.randn(z.shape).to(dtype)
@@ -165,6 +166,12 @@ CASES = {
     "batch norm nhwc": lambda ops: training(ops, 16, LAST, torch.float32, True),
     "batch norm nhwc ragged": lambda ops: training(ops, 11, LAST, torch.float16, False, 0.1),
     "batch norm nchw": lambda ops: training(ops, 3, CPU, torch.bfloat16, True, 0.1),
+    "batch norm nhwc, slices": lambda ops: training(
+        ops, 64, LAST, torch.float32, True, size=(23, 19)
+    ),
+    "batch norm nchw, slices": lambda ops: training(
+        ops, 2, CPU, torch.float32, False, size=(128, 97)
+    ),
     "batch norm nchw double": lambda ops: training(ops, 4, CPU, torch.float64, False, 1.0),
 }
 
@@ -178,9 +185,9 @@ def assert_same(got, expected):
     if expected.dtype in (torch.float16, torch.bfloat16) and expected.numel() > 0:
         step = torch.finfo(expected.dtype).eps
         atol = 2 * step * expected.abs().nan_to_num().max().item()
-        torch.testing.assert_close(got, expected, rtol=2 * step, atol=atol)
+        torch.testing.assert_close(got, expected, rtol=2 * step, atol=atol, equal_nan=True)
     else:
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @emulated

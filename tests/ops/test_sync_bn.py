@@ -1,5 +1,7 @@
 """conv_bn_act over several processes against one process that has the whole batch."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastseg.nn import ConvBNReLU2d, convert_sync_batchnorm
 from fastseg.ops import conv_bn_act
 from fastseg.ops.sync_bn import merge_stats, sync_conv_bn_act
+
+from ..cuda_emulation.build import emulated_ops
 
 PARTS = ([3, 1], [0, 4])  # images of each process
 GEOMETRY = {"stride": 2, "padding": (2, 1), "dilation": (2, 1)}
@@ -45,7 +49,12 @@ def network():
     return nn.Sequential(*layers).double()
 
 
-def process(rank, rendezvous):
+def process(rank, rendezvous, emulate):
+    with emulated_ops() if emulate else contextlib.nullcontext():
+        part_of_two(rank, rendezvous)
+
+
+def part_of_two(rank, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     for images in PARTS:
@@ -75,8 +84,9 @@ def process(rank, rendezvous):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
-def test_two_processes_equal_one(tmp_path):
-    mp.spawn(process, (str(tmp_path / "rendezvous"),), nprocs=2)
+def test_two_processes_equal_one(tmp_path, request):
+    emulate = request.config.getoption("--emulate")
+    mp.spawn(process, (str(tmp_path / "rendezvous"), emulate), nprocs=2)
 
 
 def test_merged_statistics_keep_their_digits():

@@ -39,9 +39,9 @@ def full_logits(logits, size, align_corners=False):
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
 
 
-def assert_same_labels(labels, logits, size, align_corners=False):
+def assert_same_labels(labels, logits, size, align_corners=False, ties=False):
     """The very labels of torch where its roundings are reproduced; elsewhere their logit is the
-    largest one up to rounding."""
+    largest one up to rounding. `ties`: where many are equal, rounding decides often."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     full = full_logits(wide, size, align_corners)
     expected = full.argmax(1)
@@ -53,7 +53,7 @@ def assert_same_labels(labels, logits, size, align_corners=False):
     top = full.amax(1)
     tolerance = 4 * torch.finfo(full.dtype).eps * logits.abs().max()
     assert ((top - got) <= tolerance).all()
-    assert (labels.long() != expected).double().mean() < 1e-4
+    assert ties or (labels.long() != expected).double().mean() < 1e-4
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -138,7 +138,7 @@ def test_any_size(shape, size, align_corners, channels_last, few_values, seed):
     labels, prob = upsample_argmax(logits, size, align_corners, return_prob=True)
     assert labels.shape == prob.shape == (shape[0], *size)
     if shape[0] > 0:
-        assert_same_labels(labels, logits, size, align_corners)
+        assert_same_labels(labels, logits, size, align_corners, few_values)
     probs = upsample_softmax(logits, size, align_corners)
     torch.testing.assert_close(
         probs, full_logits(logits, size, align_corners).softmax(1) if shape[0] else probs
@@ -187,7 +187,7 @@ def test_nan_infinity_and_ties(dtype, channels_last, cpu_isa):
         torch.testing.assert_close(probs, expected, equal_nan=True)
 
 
-def test_probabilities_of_distant_logits():
+def test_probabilities_of_distant_logits(not_emulated):  # whose resizing rounds once more: 4e-6
     logits = torch.tensor([0.0, -50.0, -86.0, -90.0, -200.0, -3e38])[None, :, None, None]
     got = upsample_softmax(logits, (3, 130))
     expected = full_logits(logits, (3, 130)).double().softmax(1)
