@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._conv_options import ACTIVATIONS
 from ..ops._kept import may_keep
 from ..ops._layout import image_layout
 from ..ops.conv_act import conv_act, fold_bn
