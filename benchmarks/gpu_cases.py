@@ -17,8 +17,14 @@ from torch import Tensor
 
 import fastseg
 from fastseg.bench.works import unfused
-from fastseg.ops import conv_branches, max_pool2d, max_unpool2d
-from fastseg.ops.conv_bn import conv_act, conv_bn_act, conv_bn_act_reference
+from fastseg.ops import (
+    conv_act,
+    conv_bn_act,
+    conv_bn_act_reference,
+    conv_branches,
+    max_pool2d,
+    max_unpool2d,
+)
 
 Call = Callable[[], object]
 

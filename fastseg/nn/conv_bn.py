@@ -9,9 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._conv_options import ACTIVATIONS
 from ..ops._kept import may_keep
 from ..ops._layout import image_layout
-from ..ops.conv_bn import ACTIVATIONS, conv_act, conv_bn_act, fold_bn
+from ..ops.conv_act import conv_act, fold_bn
+from ..ops.conv_bn import conv_bn_act
 from ..ops.sync_bn import sync_conv_bn_act
 from .packed import SIZES, PackedConv2d, unsupported
 

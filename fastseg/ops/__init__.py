@@ -1,6 +1,7 @@
 """Functional operators: one file per op with its checks, reference, fake kernel and gradient."""
 
-from .conv_bn import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
+from .conv_act import conv_act, fold_bn
+from .conv_bn import conv_bn_act, conv_bn_act_reference
 from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, pack_conv
 from .crf_memory import estimate_memory

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._conv_options import allows_tf32, slope_of
 from ._layout import empty_image
-from .conv_bn import _allow_tf32, _slope, conv_act
+from .conv_act import conv_act
 
 
 def conv_branches(
@@ -76,8 +77,8 @@ def conv_branches(
         list(biases),
         list(dilations),
         tail,
-        _slope(activation, negative_slope),
-        _allow_tf32(x),
+        slope_of(activation, negative_slope),
+        allows_tf32(x),
     )
 
 
@@ -95,7 +96,7 @@ def conv_branches_reference(
     maps = []
     for weight, bias, dilation in zip(weights, biases, dilations, strict=True):
         y = F.conv2d(x, weight, bias, padding="same", dilation=dilation)
-        maps.append(F.leaky_relu(y, _slope(activation, negative_slope)))
+        maps.append(F.leaky_relu(y, slope_of(activation, negative_slope)))
     if tail is not None:
         maps.append(tail.expand(-1, -1, *x.shape[2:]))
     return torch.cat(maps, 1)

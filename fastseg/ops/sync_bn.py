@@ -14,20 +14,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_bn import (
+from ._conv_options import (
     IntPair,
-    _allow_tf32,
-    _autocast,
-    _check,
-    _check_residual,
-    _conv_backward,
-    _explicit_padding,
-    _output_size,
-    _pair,
-    _slope,
-    _stats_dtype,
-    update_running,
+    allows_tf32,
+    autocast,
+    check_convolution,
+    check_residual,
+    explicit_padding,
+    output_size,
+    pair,
+    slope_of,
 )
+from .conv_act import conv_backward
+from .conv_bn import update_running
+from .conv_bn_autograd import stats_dtype
 
 
 def sync_conv_bn_act(
@@ -57,11 +57,13 @@ def sync_conv_bn_act(
     processes. Gradients of the parameters are those of the own part, for DistributedDataParallel to
     average.
     """
-    _check(x, weight, bias, stride, padding, dilation, groups, activation, negative_slope)
-    x, weight, bias, residual = _autocast(x, weight, bias, residual)
-    x, pads = _explicit_padding(x, weight, padding, dilation)
-    geometry = (_pair(stride), pads, _pair(dilation))
-    _check_residual(residual, x, (x.shape[0], weight.shape[0], *_output_size(x, weight, *geometry)))
+    check_convolution(
+        x, weight, bias, stride, padding, dilation, groups, activation, negative_slope
+    )
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
+    x, pads = explicit_padding(x, weight, padding, dilation)
+    geometry = (pair(stride), pads, pair(dilation))
+    check_residual(residual, x, (x.shape[0], weight.shape[0], *output_size(x, weight, *geometry)))
     z, mean, var, count = _SyncConvBnAct.apply(
         x,
         weight,
@@ -73,8 +75,8 @@ def sync_conv_bn_act(
         geometry,
         groups,
         eps,
-        _slope(activation, negative_slope),
-        _allow_tf32(x),
+        slope_of(activation, negative_slope),
+        allows_tf32(x),
     )
     update_running(running_mean, mean, momentum)
     update_running(running_var, var * (count / (count - 1)), momentum)
@@ -157,7 +159,7 @@ class _SyncConvBnAct(torch.autograd.Function):
         )
         grads = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
-            grads = _conv_backward(ctx, dy, x, weight)
+            grads = conv_backward(ctx, dy, x, weight)
         if residual is not None:
             dresidual = g
         else:
@@ -180,9 +182,9 @@ def _(x, weight, bias, stride, padding, dilation, groups, allow_tf32=False):
         x, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
     if y.numel() == 0:
-        zero = y.new_zeros(y.shape[1], dtype=_stats_dtype(y))
+        zero = y.new_zeros(y.shape[1], dtype=stats_dtype(y))
         return y, zero, zero.clone()
-    var, mean = torch.var_mean(y.to(_stats_dtype(y)), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y.to(stats_dtype(y)), (0, 2, 3), correction=0)
     return y, mean, var
 
 
@@ -234,7 +236,7 @@ def _(x, weight, bias, stride, padding, dilation, groups, allow_tf32=False):
     y = torch.ops.aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
-    return y, *(y.new_empty(y.shape[1], dtype=_stats_dtype(y)) for _ in range(2))
+    return y, *(y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2))
 
 
 @torch.library.register_fake("fastseg::bn_act")
