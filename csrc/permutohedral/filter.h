@@ -113,16 +113,17 @@ void slice(const Lattice<T>& lattice, bool transposed, int width, const T* value
   });
 }
 
-// Row sums of the filter as it is normalised: store(first point, points, row sums) for each tile.
-template <typename T, typename Store>
-void filter_ones(const Lattice<T>& lattice, Store&& store) {
+// Row sums of the filter as it is normalised, tile by tile.
+template <typename T>
+void filter_ones(const Lattice<T>& lattice, T* row_sum) {
   const Tiling tiling = lattice.tiling();
   Workspace<T> values(lattice.rows());
   splat_and_blur(
       lattice, false, 1, [&](int64_t t, T* rows) { std::fill_n(rows, tiling.points(t), T(1)); },
       values.data());
-  slice(lattice, false, 1, values.data(),
-        [&](int64_t t, const T* rows) { store(tiling.first_point(t), tiling.points(t), rows); });
+  slice(lattice, false, 1, values.data(), [&](int64_t t, const T* rows) {
+    std::copy_n(rows, tiling.points(t), row_sum + tiling.first_point(t));
+  });
 }
 
 }  // namespace fastseg

@@ -16,38 +16,33 @@ inline uint64_t hash_key(Key key) {
   return x ^ (x >> 32);
 }
 
-// A number >= 0 for each key. Open addressing with linear probing, at most half full.
+// Numbers keys in the order of insertion. Open addressing with linear probing, at most half full.
 template <typename Key>
 class KeyTable {
  public:
-  explicit KeyTable(int64_t entries = 0) {
+  explicit KeyTable(int64_t entries) {
     int64_t capacity = 64;
     while (capacity < 2 * entries) capacity *= 2;
-    slots_.assign(static_cast<size_t>(capacity), {Key(), -1});
+    resize(capacity);
   }
-  void prefetch(Key key) const { __builtin_prefetch(&slots_[at(key)]); }
-  // -1 if the key is not there.
+  const std::vector<Key>& keys() const { return keys_; }
+  void prefetch(Key key) const { __builtin_prefetch(&slots_[hash_key(key) & mask_]); }
+  // The number of `key`; -1 if it is not there.
   int32_t find(Key key) const {
-    for (size_t i = at(key);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i].id < 0 || slots_[i].key == key) return slots_[i].id;
+    for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
+      if (slots_[at].id < 0 || slots_[at].key == key) return slots_[at].id;
     }
   }
-  // The number that the key has, `id` if it is new.
-  int32_t insert(Key key, int32_t id) {
-    for (size_t i = at(key);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i].id < 0) {
-        slots_[i] = {key, id};
-        if (++used_ > slots_.size() / 2) grow();
+  int32_t insert(Key key) {
+    for (uint64_t at = hash_key(key) & mask_;; at = (at + 1) & mask_) {
+      if (slots_[at].id < 0) {
+        const auto id = static_cast<int32_t>(keys_.size());
+        slots_[at] = {key, id};
+        keys_.push_back(key);
+        if (keys_.size() > slots_.size() / 2) resize(2 * static_cast<int64_t>(slots_.size()));
         return id;
       }
-      if (slots_[i].key == key) return slots_[i].id;
-    }
-  }
-  // fn(number) for every number.
-  template <typename Fn>
-  void replace(Fn&& fn) {
-    for (Slot& slot : slots_) {
-      if (slot.id >= 0) slot.id = fn(slot.id);
+      if (slots_[at].key == key) return slots_[at].id;
     }
   }
 
@@ -57,20 +52,19 @@ class KeyTable {
     int32_t id;
   };
 
-  size_t at(Key key) const { return hash_key(key) & (slots_.size() - 1); }
-  void grow() {
-    std::vector<Slot> old(2 * slots_.size(), {Key(), -1});
-    old.swap(slots_);
-    for (const Slot& slot : old) {
-      if (slot.id < 0) continue;
-      size_t i = at(slot.key);
-      while (slots_[i].id >= 0) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = slot;
+  void resize(int64_t capacity) {
+    slots_.assign(static_cast<size_t>(capacity), {Key(), -1});
+    mask_ = static_cast<uint64_t>(capacity) - 1;
+    for (size_t id = 0; id < keys_.size(); ++id) {
+      uint64_t at = hash_key(keys_[id]) & mask_;
+      while (slots_[at].id >= 0) at = (at + 1) & mask_;
+      slots_[at] = {keys_[id], static_cast<int32_t>(id)};
     }
   }
 
-  size_t used_ = 0;
+  uint64_t mask_ = 0;
   std::vector<Slot> slots_;
+  std::vector<Key> keys_;
 };
 
 // Numbers the simplices of a tile in the order of their first points. Without branches that depend

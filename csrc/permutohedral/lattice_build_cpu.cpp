@@ -7,7 +7,6 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -17,7 +16,6 @@
 #include "permutohedral/key_tables.h"
 #include "permutohedral/lattice_kernels.h"
 #include "permutohedral/permutohedral.h"
-#include "permutohedral/vertex_numbers.h"
 
 namespace fastseg {
 namespace {
@@ -32,7 +30,7 @@ class Builder {
         chunks_(tiling_),
         points_(height * width),
         fields_(fields),
-        vertices_(static_cast<size_t>(chunks_.count)),
+        found_(static_cast<size_t>(chunks_.count)),
         tile_simplices_(static_cast<size_t>(tiling_.count())),
         simplex_vertex_(points_ * (d + 1)),
         point_simplex_(points_),
@@ -40,7 +38,7 @@ class Builder {
 
   void build(Normalization normalization, const std::function<void*(int64_t)>& allocate) {
     locate_points();
-    numbers_.reset(new VertexNumbers<Key>(vertices_));
+    number_vertices();
     link_neighbours();
     write(normalization, allocate);
   }
@@ -48,15 +46,11 @@ class Builder {
  private:
   static constexpr int kStride = kTilePoints;
 
-  // The distinct vertices of a chunk's points, numbered within the chunk.
-  struct ChunkVertices {
-    KeyTable<Key> table;
-    std::vector<Key> keys;
-    int32_t insert(Key key) {
-      const auto next = static_cast<int32_t>(keys.size()), id = table.insert(key, next);
-      if (id == next) keys.push_back(key);
-      return id;
-    }
+  // The points of a chunk. Its vertices have numbers of their own at first.
+  struct Chunk {
+    std::unique_ptr<KeyTable<Key>> vertices;
+    std::vector<int32_t> id, row;  // of its vertices, in the whole lattice
+    int64_t simplices = 0;
   };
 
   struct TileScratch {
@@ -85,19 +79,20 @@ class Builder {
   void locate_points() {
     parallel_tasks(chunks_.count, [&](int64_t c) {
       TileScratch scratch(d_);
-      ChunkVertices vertices{KeyTable<Key>((first_point(c + 1) - first_point(c)) / 4), {}};
+      Chunk& chunk = found_[static_cast<size_t>(c)];
+      chunk.vertices.reset(new KeyTable<Key>((first_point(c + 1) - first_point(c)) / 4));
       int32_t* simplex_vertex = simplex_vertex_.data() + first_point(c) * (d_ + 1);
       for (int64_t t = chunks_.first_tile(c); t < chunks_.first_tile(c + 1); ++t) {
-        const int count = locate_tile(t, scratch, simplex_vertex, &vertices);
+        const int count = locate_tile(t, scratch, simplex_vertex, chunk.vertices.get());
         tile_simplices_[static_cast<size_t>(t)] = count;
+        chunk.simplices += count;
         simplex_vertex += count * (d_ + 1);
       }
-      vertices_[static_cast<size_t>(c)] = std::move(vertices.keys);
     });
   }
 
   // Appends the vertices of the tile's simplices to `simplex_vertex`; returns the number of these.
-  int locate_tile(int64_t tile, TileScratch& s, int32_t* simplex_vertex, ChunkVertices* vertices) {
+  int locate_tile(int64_t tile, TileScratch& s, int32_t* simplex_vertex, KeyTable<Key>* vertices) {
     const auto& kernels = lattice_kernels<T>();
     const int d1 = d_ + 1;
     const int64_t first = tiling_.first_point(tile);
@@ -142,6 +137,54 @@ class Builder {
     return s.simplices.count;
   }
 
+  // Gives every distinct key a number in the order of first use, and every (chunk, vertex) pair a
+  // row: the first chunk uses the vertex's own.
+  void number_vertices() {
+    int64_t pairs = 0;
+    for (const Chunk& chunk : found_) pairs += static_cast<int64_t>(chunk.vertices->keys().size());
+    table_.reset(new KeyTable<Key>(pairs / 2));
+    std::vector<int32_t> extras;  // of each vertex
+    std::vector<int32_t> extra_vertex;
+    for (Chunk& chunk : found_) {
+      own_begin_.push_back(static_cast<int32_t>(extras.size()));
+      extra_begin_.push_back(static_cast<int32_t>(extra_vertex.size()));
+      const std::vector<Key>& keys = chunk.vertices->keys();
+      chunk.id.resize(keys.size());
+      chunk.row.resize(keys.size());
+      for (size_t k = 0; k < keys.size(); ++k) {
+        if (k + 8 < keys.size()) table_->prefetch(keys[k + 8]);
+        const int32_t id = table_->insert(keys[k]);
+        chunk.id[k] = id;
+        if (id == static_cast<int32_t>(extras.size())) {
+          chunk.row[k] = id;
+          extras.push_back(0);
+        } else {
+          chunk.row[k] = -1 - static_cast<int32_t>(extra_vertex.size());  // M is not known yet
+          extra_vertex.push_back(id);
+          ++extras[static_cast<size_t>(id)];
+        }
+      }
+      chunk.vertices.reset();
+    }
+    const auto vertices = static_cast<int32_t>(extras.size());
+    own_begin_.push_back(vertices);
+    extra_begin_.push_back(static_cast<int32_t>(extra_vertex.size()));
+    for (Chunk& chunk : found_) {
+      for (int32_t& row : chunk.row) row = row < 0 ? vertices - 1 - row : row;
+    }
+    merge_begin_.push_back(0);
+    for (int32_t& count : extras) {
+      const int32_t begin = merge_begin_.back();
+      merge_begin_.push_back(begin + count);
+      count = begin;  // position of the next extra row
+    }
+    merge_row_.resize(extra_vertex.size());
+    for (size_t k = 0; k < extra_vertex.size(); ++k) {
+      merge_row_[static_cast<size_t>(extras[static_cast<size_t>(extra_vertex[k])]++)] =
+          vertices + static_cast<int32_t>(k);
+    }
+  }
+
   // A blur axis: the number of the next vertex for every vertex, then chains of these.
   struct Axis {
     explicit Axis(int64_t vertices) : next(vertices), has_previous(vertices), chain(vertices) {}
@@ -153,7 +196,7 @@ class Builder {
   };
 
   void link_neighbours() {
-    const std::vector<Key>& keys = numbers_->keys;
+    const std::vector<Key>& keys = table_->keys();
     const auto vertices = static_cast<int64_t>(keys.size());
     const Key remainder_mask = (Key(1) << fields_.shift[1]) - 1;
     for (int axis = 0; axis <= d_; ++axis) axes_.emplace_back(vertices);
@@ -169,8 +212,8 @@ class Builder {
       };
       constexpr int64_t kAhead = 12;
       for (int64_t v = begin; v < end; ++v) {
-        if (v + kAhead < end) numbers_->prefetch(key_of_next(v + kAhead));
-        next[v] = numbers_->find(key_of_next(v));
+        if (v + kAhead < end) table_->prefetch(key_of_next(v + kAhead));
+        next[v] = table_->find(key_of_next(v));
       }
     });
     parallel_tasks(d_ + 1, [&](int64_t a) {
@@ -200,9 +243,9 @@ class Builder {
     h.features = d_;
     h.height = tiling_.height;
     h.width = tiling_.width;
-    h.vertices = numbers_->vertices();
-    h.extra_rows = numbers_->extra_begin.back();
-    for (const int32_t count : tile_simplices_) h.simplices += count;
+    h.vertices = own_begin_.back();
+    h.extra_rows = extra_begin_.back();
+    for (const Chunk& chunk : found_) h.simplices += chunk.simplices;
     for (const Axis& axis : axes_) {
       h.chains += static_cast<int64_t>(axis.begin.size());
       h.chain_vertices += axis.entries;
@@ -234,10 +277,10 @@ class Builder {
     const auto copy = [&](int64_t offset, const std::vector<int32_t>& values) {
       std::copy(values.begin(), values.end(), ints(offset));
     };
-    copy(h.own_begin, numbers_->own_begin);
-    copy(h.extra_begin, numbers_->extra_begin);
-    copy(h.merge_begin, numbers_->merge_begin);
-    copy(h.merge_row, numbers_->merge_row);
+    copy(h.own_begin, own_begin_);
+    copy(h.extra_begin, extra_begin_);
+    copy(h.merge_begin, merge_begin_);
+    copy(h.merge_row, merge_row_);
     int32_t* simplex_begin = ints(h.simplex_begin);
     simplex_begin[0] = 0;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -257,13 +300,12 @@ class Builder {
     T* weight = reinterpret_cast<T*>(base + h.weight);
     std::memset(weight + points_ * d1, 0, 64);
     parallel_tasks(chunks_.count, [&](int64_t c) {
-      const int32_t *vertex = simplex_vertex_.data() + first_point(c) * d1, *id = numbers_->id(c),
-                    *row = numbers_->row(c);
-      const int64_t begin = int64_t{simplex_begin[chunks_.first_tile(c)]} * d1,
-                    end = int64_t{simplex_begin[chunks_.first_tile(c + 1)]} * d1;
-      for (int64_t k = begin; k < end; ++k, ++vertex) {
-        ints(h.simplex_vertex)[k] = id[*vertex];
-        ints(h.simplex_row)[k] = row[*vertex];
+      const Chunk& chunk = found_[static_cast<size_t>(c)];
+      const int32_t* vertex = simplex_vertex_.data() + first_point(c) * d1;
+      const int64_t at = int64_t{simplex_begin[chunks_.first_tile(c)]} * d1;
+      for (int64_t k = 0; k < chunk.simplices * d1; ++k) {
+        ints(h.simplex_vertex)[at + k] = chunk.id[static_cast<size_t>(vertex[k])];
+        ints(h.simplex_row)[at + k] = chunk.row[static_cast<size_t>(vertex[k])];
       }
       const int64_t first = first_point(c), count = first_point(c + 1) - first;
       std::copy_n(point_simplex_.data() + first, count,
@@ -279,19 +321,20 @@ class Builder {
     auto* header = reinterpret_cast<LatticeHeader*>(base);
     header->normalization = static_cast<int64_t>(Normalization::kNone);
     T* scale = reinterpret_cast<T*>(base + h.scale);
-    T* weight = reinterpret_cast<T*>(base + h.weight);
+    filter_ones(Lattice<T>(base), scale);
+    header->normalization = h.normalization;
     const bool symmetric = normalization == Normalization::kSymmetric;
-    filter_ones(Lattice<T>(base), [&](int64_t first, int64_t count, const T* row_sum) {
-      for (int64_t i = 0; i < count; ++i) {
-        const T sum = row_sum[i] + T(1e-20);
-        scale[first + i] = symmetric ? T(1) / std::sqrt(sum) : T(1) / sum;
+    T* weight = reinterpret_cast<T*>(base + h.weight);
+    torch::stable::parallel_for(0, points_, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T sum = scale[i] + T(1e-20);
+        scale[i] = symmetric ? T(1) / std::sqrt(sum) : T(1) / sum;
       }
       if (!symmetric) return;
-      for (int64_t i = first; i < first + count; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         for (int r = 0; r <= d_; ++r) weight[i * (d_ + 1) + r] *= scale[i];
       }
     });
-    header->normalization = h.normalization;
   }
 
   const T* features_;
@@ -300,12 +343,13 @@ class Builder {
   Chunking chunks_;
   int64_t points_;
   KeyFields<Key> fields_;
-  std::vector<std::vector<Key>> vertices_;  // of each chunk, in the order of first use
+  std::vector<Chunk> found_;
   std::vector<int32_t> tile_simplices_;
   Workspace<int32_t> simplex_vertex_;  // of each chunk from its first point on
   Workspace<uint16_t> point_simplex_;
   Workspace<T> weight_;
-  std::unique_ptr<VertexNumbers<Key>> numbers_;
+  std::unique_ptr<KeyTable<Key>> table_;
+  std::vector<int32_t> own_begin_, extra_begin_, merge_begin_, merge_row_;
   std::vector<Axis> axes_;
 };
 
