@@ -2,9 +2,13 @@
 
 ``python -m benchmarks.bench_dense_crf CASE fastseg|pydensecrf`` makes one call and prints the peak
 memory of its process beyond what the imports, the inputs and a call of 32 x 32 pixels take.
+``python -m benchmarks.bench_dense_crf CASE stages`` prints where the time of a call goes.
 """
 
+import importlib.util
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +19,8 @@ import torch.nn.functional as F
 from fastseg.image import read_image
 from fastseg.nn import DenseCRF
 from fastseg.ops import (
-    PairwiseTerm,
     PermutohedralLattice,
     bilateral_features,
-    dense_crf,
     dense_crf_reference,
     gaussian_features,
 )
@@ -87,62 +89,130 @@ def bench_dense_crf(compare, benchmark, case, threads):
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("stage", ["build", "filter", "mean field"])
-@pytest.mark.parametrize("kernel", ["spatial", "bilateral"])
-def bench_stages(time_op, benchmark, kernel, stage, threads):
-    """One lattice of the VOC case. An iteration of mean field is a filter fused with soft-max.
+@pytest.mark.parametrize("case", ["voc", "voc, many vertices", "two labels"])
+def bench_stages(benchmark, case):
+    """The stages of one call, see :func:`stages`, each with its floor."""
+    torch.set_num_threads(1)
+    for name, seconds, moved, floor in benchmark.pedantic(stages, (case,)):
+        benchmark.extra_info[name] = (
+            f"{1e3 * seconds:.2f} ms, {moved / seconds / 1e9:.1f} GB/s, floor {1e3 * floor:.2f} ms"
+        )
 
-    The bytes are those that no cache of a core can hold back: the records of the points, once for
-    splat and slice together, the energies, and the vertices' rows read and written by each axis.
+
+STAGES = ("load", "slice", "update", "splat", "blur", "store")
+
+
+def stages(case: str, rounds: int = 5) -> list[tuple[str, float, int, float]]:
+    """Name, median seconds, bytes moved and the time these take at the bandwidths measured beside
+    them, on one thread: construction of the bilateral lattice, load and store of a call, and the
+    stages of one iteration.
+
+    Features, logits, energies, beliefs and the records of the points come from or go to memory
+    beyond a core's own caches, in slice; near are the tile's rows and records that update and splat
+    find where slice left them, and the rows of vertices.
     """
-    benchmark.group = f"permutohedral {kernel}, 500 x 375 x 21"
-    logits, image = inputs((1, 375, 500, 21))
-    features = (
-        gaussian_features((375, 500), 3.0)
-        if kernel == "spatial"
-        else bilateral_features(image, 80.0, 13.0)
+    shape, spatial, bilateral = CASES[case]
+    logits, image = inputs(shape)
+    _, height, width, labels = shape
+    features = [gaussian_features((height, width), spatial), bilateral_features(image, *bilateral)]
+    lattices = [PermutohedralLattice(f, "symmetric") for f in features]
+    points, channels = height * width, 1 if labels == 2 else labels + -labels % 8
+    rows = 4 * channels * points  # bytes of a value per point
+    records = vertices = sums = axes = 0
+    for lattice in lattices:
+        corners = lattice.features.shape[1] + 1
+        (count,), (extra,), (simplices,) = map(
+            lattice._header, ("vertices", "extra_rows", "simplices")
+        )
+        records += points * (4 * corners + 2) + 4 * corners * simplices
+        vertices += 4 * channels * count
+        sums += 4 * channels * (count + extra)
+        axes += 4 * channels * count * 2 * corners
+    logit_bytes = 4 * logits.numel()
+    large, small = torch.ones(1 << 22), torch.ones(1 << 16)  # 16 MB; 256 KB, in the second cache
+    target = torch.empty_like(small)
+    moved = {  # far, near
+        "read far": (4 * large.numel(), 0),
+        "copy near": (0, 8 * small.numel()),
+        "construct": (4 * features[1].numel() + lattices[1].nbytes, 0),
+        "load": (logit_bytes + rows, 0),
+        "slice": (records + rows, vertices),
+        "update": (0, 2 * rows),
+        "splat": (0, records + 2 * sums),
+        "blur": (0, 2 * sums + vertices + axes),
+        "store": (logit_bytes, 0),
+    }
+    weights = [torch.full((labels,), w) for w in (3.0, 10.0)]
+    problem = [t for lattice in lattices for t in lattice.tensors], [1, 1], weights
+    times: dict[str, list[float]] = {name: [] for name in moved}
+    for _ in range(rounds):
+        times["read far"].append(seconds_of(lambda: large.sum()))
+        target.copy_(small)
+        times["copy near"].append(seconds_of(lambda: target.copy_(small)))
+        times["construct"].append(
+            seconds_of(lambda: PermutohedralLattice(features[1], "symmetric"))
+        )
+        spent = torch.ops.fastseg.dense_crf_stages(
+            logits.flatten(2), *problem, height, width, ITERATIONS
+        )
+        for name, seconds in zip(STAGES, spent.tolist(), strict=True):
+            times[name].append(seconds / (1 if name in ("load", "store") else ITERATIONS))
+    median = {name: float(np.median(t)) for name, t in times.items()}
+    far, near = (
+        median["read far"] / moved["read far"][0],
+        median["copy near"] / moved["copy near"][1],
     )
-    lattice = PermutohedralLattice(features, "symmetric")
-    benchmark.extra_info["vertices per point"] = round(lattice.occupancy[0], 3)
-    points, corners = lattice.points, features.shape[1] + 1
-    rows = 24 * 4 * (points + 2 * corners * lattice.vertices[0])
-    iteration = rows + points * (4 * corners + 2)
-    terms = [PairwiseTerm(lattice, 3.0)]
-    run, moved = {
-        "build": (
-            lambda: PermutohedralLattice(features, "symmetric"),
-            4 * features.numel() + lattice.nbytes,
-        ),
-        "filter": (lambda: lattice.filter(logits), 2 * 4 * logits.numel() + iteration),
-        "mean field": (
-            lambda: dense_crf(logits, terms, iterations=ITERATIONS),
-            2 * 4 * logits.numel() + ITERATIONS * iteration,
-        ),
-    }[stage]
-    time_op(run, bytes_moved=moved)
+    return [(name, median[name], a + b, a * far + b * near) for name, (a, b) in moved.items()]
 
 
 def bench_accuracy(benchmark):
-    """The lattice against the exact kernels in float64 on 60 x 80 pixels."""
+    """The lattice against the exact kernels in float64, beside pydensecrf where it is there."""
     logits, image = inputs((1, 60, 80, 21))
-    q = DenseCRF(ITERATIONS, (3, 3.0), (80, 13, 10.0))(logits, image)
-    features = [gaussian_features((60, 80), 3.0), bilateral_features(image, 80.0, 13.0)]
-    weights = [torch.full((21,), w, dtype=torch.float64) for w in (3.0, 10.0)]
-    exact = dense_crf_reference(
+    exact = exact_beliefs(logits, image)
+    results = {"fastseg": DenseCRF(ITERATIONS, (3, 3.0), (80, 13, 10.0))(logits, image)}
+    if importlib.util.find_spec("pydensecrf"):
+        results["pydensecrf"] = with_pydensecrf(logits, image, 3, (80, 13))
+    for name, q in results.items():
+        differ = (q.argmax(1) != exact.argmax(1)).double().mean().item()
+        error = (q - exact).abs()
+        benchmark.extra_info[name] = (
+            f"{100 * differ:.2f} % of labels differ, largest |dQ| {error.max():.3f}, "
+            f"mean {error.mean():.1e}"
+        )
+        assert differ < 0.01
+        assert error.mean() < 1e-3
+    benchmark.pedantic(lambda: None)
+
+
+def exact_beliefs(logits: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Mean field with the exact kernels 3 and 80/13, weights 3 and 10, in float64."""
+    shape = logits.shape[2:]
+    features = [gaussian_features(shape, 3.0), bilateral_features(image, 80.0, 13.0)]
+    weights = [torch.full((logits.shape[1],), w, dtype=torch.float64) for w in (3.0, 10.0)]
+    return dense_crf_reference(
         -logits[0].flatten(1).double(),
         [f[0].flatten(1).double() for f in features],
         weights,
         ITERATIONS,
-    ).view_as(q[0])
-    benchmark.extra_info["labels that differ"] = (
-        (q[0].argmax(0) != exact.argmax(0)).float().mean().item()
-    )
-    benchmark.extra_info["mean difference"] = (q[0] - exact).abs().mean().item()
-    benchmark.pedantic(lambda: None)
+    ).view(logits.shape)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def print_stages(case: str) -> None:
+    print(f"{case}, 1 thread: ms, GB/s, floor in ms (an iteration's for slice to blur)")
+    for name, seconds, moved, floor in stages(case):
+        print(f"{name:10} {1e3 * seconds:6.2f} {moved / seconds / 1e9:6.1f} {1e3 * floor:6.2f}")
 
 
 def main(case: str, variant: str) -> None:
+    if variant == "stages":
+        torch.set_num_threads(1)
+        return print_stages(case)
     shape, spatial, bilateral = CASES[case]
     layer = DenseCRF(ITERATIONS, (spatial, 3.0), (*bilateral, 10.0))
     call = {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -26,6 +27,27 @@ namespace fastseg {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;  // logits are kept in base 2
+
+// Nanoseconds spent in each stage, the sum over threads but for the blur, for benchmarks.
+struct StageTimes {
+  enum Stage { kLoad, kSlice, kUpdate, kSplat, kBlur, kStore, kStages };
+  std::atomic<int64_t> of[kStages] = {};
+};
+class Stopwatch {
+ public:
+  explicit Stopwatch(StageTimes* times) : times_(times) { lap(StageTimes::kStages); }
+  // Adds the time since the last lap to a stage.
+  void lap(int stage) {
+    if (times_ == nullptr) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (stage < StageTimes::kStages) times_->of[stage] += (now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  StageTimes* times_;
+  std::chrono::steady_clock::time_point last_;
+};
 
 // One pairwise term of one image.
 template <typename T>
@@ -60,6 +82,7 @@ struct Problem {
   const T* start;  // beliefs to start from, or null
   bool point_major;
   T* out;
+  StageTimes* times;  // or null
   Tiling tiling;
   std::vector<const void*> lattices;  // one per term
   std::vector<Compatibility<T>> compatibilities;
@@ -222,6 +245,7 @@ bool mean_field(const Problem<T>& problem, Form form) {
       Workspace<T> rows_space(kTilePoints * width);
       T factor[kTilePoints];
       T* rows = rows_space.data();
+      Stopwatch watch(problem.times);
       if (step == 0 && !last) {
         for (const Term<T>& term : form.terms) {
           term.lattice.clear_rows(chunk, width, term.sums.data());
@@ -233,6 +257,7 @@ bool mean_field(const Problem<T>& problem, Form form) {
         T* constant = constants.data() + first * width;
         if (step == 0) {
           if (!form.load(t, points, constant, rows, factor)) valid = false;
+          watch.lap(StageTimes::kLoad);
         } else {
           const auto make_logits = [&] {
             const T* from = constant;
@@ -242,21 +267,27 @@ bool mean_field(const Problem<T>& problem, Form form) {
               from = rows;
             }
             if (form.terms.empty()) std::copy_n(constant, points * width, rows);
+            watch.lap(StageTimes::kSlice);
           };
           form.update(points, make_logits, rows, factor);
+          watch.lap(StageTimes::kUpdate);
         }
         if (last) {
           form.store(t, points, rows, factor);
+          watch.lap(StageTimes::kStore);
           continue;
         }
         for (size_t k = 0; k < form.terms.size(); ++k) {
           form.splat(k, TileView<T>(form.terms[k].lattice, t, first, points), rows, factor);
         }
+        watch.lap(StageTimes::kSplat);
       }
     });
     if (!valid) return false;
     if (last) break;
+    Stopwatch watch(problem.times);
     merge_and_blur(blurs, false, width);
+    watch.lap(StageTimes::kBlur);
   }
   return true;
 }
@@ -266,10 +297,10 @@ bool mean_field(const Problem<T>& problem, Form form) {
 // or one for all images, and coefficients[k], (L) or a symmetric (L, L): the message it adds to the
 // logits is coefficients * (K Q). The first update starts from `start`, or from the soft-max of the
 // logits.
-Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vector<Tensor> lattices,
-                     std::vector<int64_t> lattice_counts, std::vector<Tensor> coefficients,
-                     int64_t height, int64_t width, int64_t iterations, bool point_major,
-                     bool logits) {
+Tensor solve(const Tensor& unary, const std::optional<Tensor>& start,
+             const std::vector<Tensor>& lattices, const std::vector<int64_t>& lattice_counts,
+             const std::vector<Tensor>& coefficients, int64_t height, int64_t width,
+             int64_t iterations, bool point_major, bool logits, StageTimes* times) {
   FASTSEG_CHECK(unary.dim() == 3 && unary.is_contiguous(),
                 "dense_crf: unary must be contiguous with shape (B, L, N)");
   const int64_t batch = unary.size(0), labels = unary.size(1), points = unary.size(2);
@@ -316,6 +347,7 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
                          start ? start->template const_data_ptr<T>() + offset : nullptr,
                          point_major,
                          out.mutable_data_ptr<T>() + offset,
+                         times,
                          Tiling(height, width),
                          {},
                          {}};
@@ -339,6 +371,28 @@ Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vect
   return out;
 }
 
+Tensor dense_crf_cpu(const Tensor& unary, std::optional<Tensor> start, std::vector<Tensor> lattices,
+                     std::vector<int64_t> lattice_counts, std::vector<Tensor> coefficients,
+                     int64_t height, int64_t width, int64_t iterations, bool point_major,
+                     bool logits) {
+  return solve(unary, start, lattices, lattice_counts, coefficients, height, width, iterations,
+               point_major, logits, nullptr);
+}
+
+// Seconds that dense_crf spends in the stages of StageTimes, float64.
+Tensor dense_crf_stages_cpu(const Tensor& unary, std::vector<Tensor> lattices,
+                            std::vector<int64_t> lattice_counts, std::vector<Tensor> coefficients,
+                            int64_t height, int64_t width, int64_t iterations) {
+  StageTimes times;
+  solve(unary, std::nullopt, lattices, lattice_counts, coefficients, height, width, iterations,
+        false, true, &times);
+  Tensor seconds = torch::stable::new_empty(unary, {StageTimes::kStages}, ScalarType::Double);
+  for (int stage = 0; stage < StageTimes::kStages; ++stage) {
+    seconds.mutable_data_ptr<double>()[stage] = 1e-9 * static_cast<double>(times.of[stage]);
+  }
+  return seconds;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
@@ -346,7 +400,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "dense_crf(Tensor unary, Tensor? start, Tensor[] lattices, int[] lattice_counts, Tensor[] "
       "coefficients, int height, int width, int iterations, bool point_major, bool "
       "logits) -> Tensor");
+  m.def(
+      "dense_crf_stages(Tensor logits, Tensor[] lattices, int[] lattice_counts, Tensor[] "
+      "coefficients, int height, int width, int iterations) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) { m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
+  m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu));
+  m.impl("dense_crf_stages", TORCH_BOX(&dense_crf_stages_cpu));
+}
 
 }  // namespace fastseg
