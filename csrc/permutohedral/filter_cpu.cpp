@@ -49,7 +49,8 @@ void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width)
                           blur->values);
     }
   };
-  if (width == 1) {  // a thread per lattice: cache lines of 16 vertices are not worth sharing
+  // A thread per lattice where a cache line holds 16 vertices, unless there is only one.
+  if (width == 1 && blurs.size() > 1) {
     parallel_tasks(static_cast<int64_t>(blurs.size()), [&](int64_t i) {
       for (int phase = 0; phase < kPhases; ++phase) {
         run(phase, whole(blurs[static_cast<size_t>(i)], phase));
@@ -61,7 +62,7 @@ void merge_and_blur(const std::vector<Blur<T>>& blurs, bool reversed, int width)
   for (int phase = 0; phase < kPhases; ++phase) {
     for (const Blur<T>& blur : blurs) {
       const Range all = whole(blur, phase);
-      int64_t step = std::max(1, 16384 / width);  // vertices per task
+      int64_t step = std::max(1, 16384 / std::max(8, width));  // vertices per task
       if (phase > 0 && phase < kMultiply && all.begin < all.end) {
         const int32_t* chain = blur.lattice->chain_begin;
         step = step * (all.end - all.begin) / (chain[all.end] - chain[all.begin]) + 1;
