@@ -17,10 +17,12 @@ from fastseg.ops import (
 )
 
 CASES = int(os.environ.get("FASTSEG_FUZZ_CASES", "200"))
+FIRST = int(os.environ.get("FASTSEG_FUZZ_FIRST", "0"))  # seed, to run many cases in parts
 
 
 def fuzz_case(seed: int):
-    """Random sizes, labels, widths, terms and options; now and then bad values."""
+    """Random sizes, labels, widths, terms and options, and what is wrong with them: nothing in nine
+    of ten cases, else ``"unary"``, ``"image"`` or ``"width"``."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -29,22 +31,24 @@ def fuzz_case(seed: int):
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=g).item()
 
+    flaw = pick(*[None] * 9, pick("unary", "image", "width"))
     batch, labels = pick(1, 1, 2, 3), pick(1, 2, 2, 3, 5, 8, 9, 21, 33)
     rank = pick(1, 2, 2, 2, 3)
     spatial = tuple(pick(1, 2, 3, 7, 16, 17, 31) for _ in range(rank))
     dtype = pick(torch.float32, torch.float32, torch.float64, torch.float16)
     channels = pick(0, 1, 3, 3, 16 - rank)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    # Keys of 16 features have few bits for each.
+    width = 10 ** (uniform(-9, 9) if flaw == "width" else uniform(1.5 if channels > 3 else -1, 3))
     unary = torch.randn(batch, labels, *spatial, generator=g) * 10 ** uniform(-2, 3)
     image = torch.rand(pick(1, batch), channels, *spatial, generator=g) * 255
-    image = image * pick(0.0, 1.0, 1.0) + pick(0.0, 1e6)
-    if pick(*[False] * 9, True):
+    image = image * pick(0.0, 1.0, 1.0) + pick(0.0, min(1e6, 1e4 * width))
+    if flaw == "unary":
         unary.view(-1)[int(torch.randint(unary.numel(), (), generator=g))] = pick(
             math.nan, math.inf, -math.inf
         )
-    if channels and pick(*[False] * 9, True):
+    if flaw == "image" and channels:
         image.view(-1)[0] = pick(math.nan, math.inf, 1e30)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    widths = [10 ** uniform(-9, 9) if pick(*[False] * 9, True) else 10 ** uniform(-1, 3)] * 2
     terms = []
     for _ in range(pick(0, 1, 2)):
         compatibility = pick(
@@ -54,14 +58,14 @@ def fuzz_case(seed: int):
         )
         normalization = pick("none", "before", "after", "symmetric")
         if channels:
-            f = bilateral_features(image, widths[0], widths[1])
+            f = bilateral_features(image, width, width)
         else:
-            f = gaussian_features(spatial, widths[0])
+            f = gaussian_features(spatial, width)
         terms.append(PairwiseTerm(f.to(compute), compatibility, normalization))
     options = {"iterations": pick(0, 1, 3), "tolerance": pick(0.0, 0.0, 1e-3)}
     if pick(False, False, True):
         options["mask"] = torch.rand(pick(1, batch), *spatial, generator=g) > 0.4
-    return unary.to(dtype), terms, options
+    return unary.to(dtype), terms, options, flaw
 
 
 def result_or_message(run):
@@ -74,14 +78,16 @@ def result_or_message(run):
 @pytest.mark.parametrize("block", range(4))
 def test_random_inputs_give_beliefs_or_one_sentence(block):
     refused = 0
-    for seed in range(block * CASES // 4, (block + 1) * CASES // 4):
-        unary, terms, options = fuzz_case(seed)
+    for seed in range(FIRST + block * CASES // 4, FIRST + (block + 1) * CASES // 4):
+        unary, terms, options, flaw = fuzz_case(seed)
         q = result_or_message(lambda: dense_crf(unary, terms, **options))  # noqa: B023
         if isinstance(q, str):
             refused += 1
+            assert flaw is not None, (seed, q)
             assert ": " in q, seed
             assert "\n" not in q, seed
             continue
+        assert unary.isnan().sum() == 0, seed
         assert q.shape == unary.shape, seed
         if "mask" in options:
             q = torch.where(options["mask"].unsqueeze(1), q, 1 / unary.shape[1])
