@@ -72,6 +72,8 @@ def conv_bn_act(
         float64 inputs). On CUDA, float32 may be computed in TF32 where
         ``torch.backends.cudnn.allow_tf32`` is set, and channels-last inputs get our convolution
         where it is expected to be faster than cuDNN's.
+        On the CPU the gradient of ``weight`` and, where no Winograd convolution is used, all that
+        torch's convolution computes may have other bits with another number of threads.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit together, or one value per channel in

@@ -32,7 +32,8 @@ def global_conv2d(
     1e-5 of the largest output against float64 (see ``fastseg.ops.conv_engine``), the same bits for
     any number of threads. float64 runs as torch's convolutions. On CUDA both first convolutions are
     one matrix product of torch, in TF32 if ``torch.backends.cuda.matmul`` allows it, and the rest
-    is one kernel. Gradients are torch's matrix products.
+    is one kernel. Gradients are torch's matrix products: the same bits at every call, but not for
+    every number of threads.
 
     Args:
         x: (N, C, H, W), float32, float64, bfloat16 or float16, best in channels-last memory.
