@@ -71,7 +71,8 @@ struct Ahead {
 // enough.
 template <int R, int V, class E, class Rows>
 FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const Ahead& ahead,
-                                    int64_t column, const Rows& out) {
+                                    int64_t column, const Rows& rows) {
+  const Rows out = rows;
   Vec acc[R][V];
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
