@@ -132,11 +132,11 @@ struct GemmKernel {
   static int64_t block_bytes() { return sizeof(Block); }
 
  private:
-  static Ahead ahead_of(const Patch<E>& patch) {
+  static NextRuns ahead_of(const Patch<E>& patch) {
     return {reinterpret_cast<const char*>(patch.data),
             patch.run_h * static_cast<int64_t>(sizeof(E))};
   }
-  static Ahead ahead_of(const Conv& conv, const E* weight) {
+  static NextRuns ahead_of(const Conv& conv, const E* weight) {
     return {reinterpret_cast<const char*>(weight), 0};
   }
 
@@ -160,7 +160,7 @@ struct GemmKernel {
   }
 
   // One panel of a block.
-  static void multiply(const Conv& conv, const Block& block, int64_t panel, Ahead ahead) {
+  static void multiply(const Conv& conv, const Block& block, int64_t panel, NextRuns ahead) {
     const Patch<E>& whole = block.patch;
     const int64_t k = panel * kPanel, rows = block.rows;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;

@@ -62,7 +62,7 @@ struct Patch {
 
 // What the core reads next, fetched meanwhile: from data + h * run on for every row of runs, a line
 // for each step.
-struct Ahead {
+struct NextRuns {
   const char* data;
   int64_t run;
 };
@@ -70,7 +70,7 @@ struct Ahead {
 // The same of a patch. Three rows share an address register: with one for each there were not
 // enough.
 template <int R, int V, class E, class Rows>
-FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const Ahead& ahead,
+FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const NextRuns& ahead,
                                     int64_t column, const Rows& rows) {
   const Rows out = rows;
   Vec acc[R][V];
@@ -127,8 +127,8 @@ FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const Ahe
 }
 
 template <int V, int R, class E, class Rows>
-FASTSEG_INLINE void patch_rows(int64_t rows, const Patch<E>& patch, const E* b, const Ahead& ahead,
-                               int64_t column, const Rows& out) {
+FASTSEG_INLINE void patch_rows(int64_t rows, const Patch<E>& patch, const E* b,
+                               const NextRuns& ahead, int64_t column, const Rows& out) {
   if constexpr (R > 0) {
     if (rows == R) return patch_registers<R, V>(patch, b, ahead, column, out);
     patch_rows<V, R - 1>(rows, patch, b, ahead, column, out);
@@ -137,7 +137,7 @@ FASTSEG_INLINE void patch_rows(int64_t rows, const Patch<E>& patch, const E* b, 
 
 template <class E, class Rows>
 static void patch_tile(int64_t rows, int64_t columns, const Patch<E>& patch, const E* b,
-                       const Ahead& ahead, const Rows& out) {
+                       const NextRuns& ahead, const Rows& out) {
   for (int64_t k = 0; k < columns; k += 2 * kLanes) {
     if (columns - k > kLanes) {
       patch_rows<2, kRows>(rows, patch, b + k * kPerWord<E>, ahead, k, out);
