@@ -70,6 +70,27 @@ struct Convolution {
   // Lengths of the reduction of a tap and of the GEMM form, a whole number of lines.
   int64_t channels() const { return round_up(C, kLine<E>); }
   int64_t depth() const { return round_up(R * S * C, kLine<E>); }
+
+  // Whether every output pixel reads one pixel of the input, one after the other in memory.
+  bool is_pointwise() const {
+    return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0 &&
+           (H == 1 || x.row == W * flat_stride()) && (N == 1 || x.batch == H * W * flat_stride());
+  }
+  int64_t flat_stride() const { return W > 1 ? x.pixel : H > 1 ? x.row : x.batch; }
+};
+
+// How the matrix product of a convolution is cut into blocks of output pixels, see gemm_conv.inl.
+struct GemmForm {
+  enum Rows {
+    kFlat,      // any pixels that follow each other: 1x1 on a dense image
+    kLines,     // pixels of one line of output
+    kGathered,  // any pixels, each with its taps copied to one place: very narrow images
+  } rows;
+  int64_t taps;         // of a kernel row that are read as one run
+  int64_t blocks;       // all of them
+  int64_t line_blocks;  // those of a line
+  int64_t width, copy;  // pixels of a line and operands that the copy of a block takes
+  bool panels_first;    // the outer loop; else the blocks
 };
 
 // Where an output pixel lies, and its residual or null.

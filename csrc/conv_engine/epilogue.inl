@@ -1,10 +1,22 @@
 // Bias, residual and activation of output pixels, on the way to memory.
 
+// The larger of v and 0; NaN stays NaN.
+FASTSEG_INLINE Vec relu(Vec v) {
+#if FASTSEG_ISA_LEVEL >= 2
+  return (Vec)_mm512_max_ps(__m512{}, (__m512)v);  // the second operand where one is NaN
+#elif FASTSEG_ISA_LEVEL == 1
+  return (Vec)_mm256_max_ps(__m256{}, (__m256)v);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps(__m128{}, (__m128)v);
+#else
+  return v < 0 ? Vec{} : v;
+#endif
+}
+
 FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
+  if (activation == Activation::kRelu) return relu(v);
   if (activation == Activation::kNone) return v;
-  // The comparison keeps NaN; slope * v would turn relu(-inf) into NaN.
-  const Vec below = activation == Activation::kRelu ? Vec{} : slope * v;
-  return v < 0 ? below : v;
+  return v < 0 ? slope * v : v;
 }
 
 // Bias, residual and activation of one vector of sums.

@@ -1,141 +1,327 @@
 // Any convolution as one matrix product: rows are output pixels, the reduction is (tap, channel).
-// The rows are gathered straight into the packed form, so there is no im2col matrix.
+// A block of rows reads the image where it lies; at its left and right border, and where operands
+// are another type than images, a small copy with zeros around. There is no im2col matrix.
 // Packed weight: [panel][depth / kPerWord][kPanel][kPerWord].
 
-// A line of operands; zeros where src is null.
-template <typename T, typename E>
-FASTSEG_INLINE void copy_line(const T* src, E* dst) {
-  for (int64_t l = 0; l < kLine<E>; l += kLanes) store(dst + l, src ? load(src + l) : Vec{});
-}
+// Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
+// of torch's convolution.
+constexpr int64_t kGemmPiece = 1024;
 
-// The taps of one output pixel, [tap][C], to `row`. `run` taps that lie side by side in memory are
-// copied at once: one by one, the three channels of a 7x7 stem took 12 ms instead of 5.
-template <class Conv>
-static void gather_pixel(const Conv& conv, int64_t n, int64_t oy, int64_t ox,
-                         typename Conv::Operand* row) {
-  const int64_t x0 = ox * conv.stride_w - conv.pad_w;
-  const bool whole =
-      conv.dilation_w == 1 && conv.x.pixel == conv.C && x0 >= 0 && x0 + conv.S <= conv.W;
-  const int64_t run = whole ? conv.S : 1;
-  for (int64_t r = 0; r < conv.R; ++r) {
-    const int64_t iy = oy * conv.stride_h - conv.pad_h + r * conv.dilation_h;
-    for (int64_t s = 0; s < conv.S; s += run, row += run * conv.C) {
-      const int64_t ix = x0 + s * conv.dilation_w;
-      if (iy >= 0 && iy < conv.H && ix >= 0 && ix < conv.W) {
-        copy_run(conv.x.at(n, iy, ix), row, run * conv.C);
-      } else {
-        std::memset(row, 0, run * conv.C * sizeof *row);
-      }
-    }
-  }
-}
-
-// Packs output pixels [first, first + rows) as [depth / kLine][rows][kLine]. `row` takes one of
-// them.
-template <class Conv, typename E = typename Conv::Operand>
-static void pack_pixels(const Conv& conv, int64_t first, int64_t rows, E* a, E* row) {
-  const int64_t line = rows * kLine<E>, C = conv.C, depth = conv.depth();
-  for (int64_t d = conv.R * conv.S * C; d < depth; ++d) row[d] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t pixel = first + r;
-    const int64_t ox = pixel % conv.Wo, oy = pixel / conv.Wo % conv.Ho;
-    const int64_t n = pixel / (conv.Wo * conv.Ho);
-    E* dst = a + r * kLine<E>;
-    if (C % kLine<E> != 0) {
-      gather_pixel(conv, n, oy, ox, row);
-      for (int64_t d = 0; d < depth; d += kLine<E>, dst += line) copy_line(row + d, dst);
-      continue;
-    }
-    for (int64_t tap = 0; tap < conv.R * conv.S; ++tap) {
-      const int64_t iy = oy * conv.stride_h - conv.pad_h + tap / conv.S * conv.dilation_h;
-      const int64_t ix = ox * conv.stride_w - conv.pad_w + tap % conv.S * conv.dilation_w;
-      const bool inside = iy >= 0 && iy < conv.H && ix >= 0 && ix < conv.W;
-      const auto* src = inside ? conv.x.at(n, iy, ix) : nullptr;
-      for (int64_t c = 0; c < C; c += kLine<E>, dst += line) {
-        copy_line(src ? src + c : nullptr, dst);
-      }
-    }
-  }
-}
-
-template <class Conv, typename T = typename Conv::Storage>
-static void locate_pixels(const Conv& conv, int64_t begin, int64_t end, PixelAddress<T>* pixels) {
-  int64_t ox = begin % conv.Wo, oy = begin / conv.Wo % conv.Ho;
-  int64_t n = begin / (conv.Wo * conv.Ho);
-  for (int64_t i = 0; i < end - begin; ++i) {
-    pixels[i] = {conv.y.at(n, oy, ox), conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr};
-    if (++ox == conv.Wo) {
-      ox = 0;
-      if (++oy == conv.Ho) oy = 0, ++n;
-    }
-  }
-}
-
-// The pixels of one block, columns of one panel. Sums start from bias and residual: read at the
+// Output channels [k, k + kPanel) of a block of pixels, straight from the registers. Sums start
+// from the residual: that hides its latency under the loads of the first operands. Added at the
 // end, between stores to rows that lie whole pages apart just like theirs, the residual took 256 ->
 // 1024 channels from 5.6 to 7.6 ms.
 template <class Conv>
 struct OutputPixels {
-  const Conv& conv;
-  int64_t k;
   const PixelAddress<typename Conv::Storage>* pixels;
+  const float* pieces;  // sums of earlier pieces, or null
+  int64_t k;
+  // Copies: a store to the image could change the originals, for all that the compiler knows.
+  const float* bias;
+  Activation activation;
+  float slope;
+  bool add_first, add_last, stream;  // the residual before or behind the activation
+
+  OutputPixels(const Conv& conv, int64_t k, const PixelAddress<typename Conv::Storage>* pixels)
+      : pixels(pixels),
+        pieces(nullptr),
+        k(k),
+        bias(conv.bias + k),
+        activation(conv.activation),
+        slope(conv.slope),
+        add_first(conv.residual.data && !conv.residual_last),
+        add_last(conv.residual.data && conv.residual_last),
+        stream(conv.stream) {}
 
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
-    const Vec bias = load(conv.bias + k + column);
-    const bool first = conv.residual.data && !conv.residual_last;
-    return first ? bias + load(pixels[r].residual + k + column) : bias;
+    const Vec v = load(bias + column);
+    return add_first ? v + load(pixels[r].residual + k + column) : v;
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
-    v = activate(v, conv.activation, conv.slope);
-    if (conv.residual_last) v += load(pixels[r].residual + k + column);
-    store_output(conv, v, pixels[r].y + k + column);
+    if (pieces) v += load(pieces + r * kPanel + column);
+    v = activate(v, activation, slope);
+    if (add_last) v += load(pixels[r].residual + k + column);
+    auto* y = pixels[r].y + k + column;
+    if (stream) {
+      store_stream(y, v);
+    } else {
+      store(y, v);
+    }
   }
 };
 
-// Output pixels [begin, end), panels [panel_begin, panel_end). `packed` takes the packed pixels and
-// one more, `pixels` where their outputs lie.
-template <class Conv, typename T = typename Conv::Storage>
-static void gemm_conv(const Conv& conv, int64_t begin, int64_t end, int64_t panel_begin,
-                      int64_t panel_end, typename Conv::Operand* packed, PixelAddress<T>* pixels) {
-  // Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
-  // of torch's convolution.
-  constexpr int64_t kPiece = 1024;
-  const int64_t depth = conv.depth(), count = end - begin;
-  const int64_t blocks = ceil_div(count, kRows);  // of nearly equal height: no thin last one
-  locate_pixels(conv, begin, end, pixels);
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = part_begin(count, blocks, i), last = part_begin(count, blocks, i + 1);
-    pack_pixels(conv, begin + first, last - first, packed + first * depth, packed + count * depth);
+// One convolution on one instruction set.
+template <class Conv>
+struct GemmKernel {
+  using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
+
+  // Output pixels that a register tile computes at once, and where they read.
+  struct Block {
+    int64_t rows;
+    Patch<E> patch;
+    int64_t skipped;  // runs before the first of the patch that lie outside of the image
+    PixelAddress<T> pixels[kRows];
+  };
+
+  static GemmForm form(const Conv& conv) {
+    constexpr bool kSame = std::is_same_v<T, E>;
+    GemmForm form{};
+    const bool dense = conv.x.pixel == conv.C || !kSame;
+    form.taps = conv.dilation_w == 1 && dense ? conv.S : 1;
+    const bool words = form.taps * conv.C % kPerWord<E> == 0;
+    if (kSame && words && conv.is_pointwise()) {
+      form.rows = GemmForm::kFlat;
+      form.blocks = ceil_div(conv.pixels(), kRows);
+    } else if (words && 2 * conv.Wo > kRows) {
+      form.rows = GemmForm::kLines;
+      form.line_blocks = ceil_div(conv.Wo, kRows);
+      form.blocks = conv.N * conv.Ho * form.line_blocks;
+      const int64_t rows = ceil_div(conv.Wo, form.line_blocks);
+      form.width = form.taps == 1 ? rows : (rows - 1) * conv.stride_w + form.taps;
+      form.copy = conv.R * (conv.S / form.taps) * form.width * conv.C;
+    } else {
+      form.rows = GemmForm::kGathered;
+      form.blocks = ceil_div(conv.pixels(), kRows);
+      form.copy = kRows * conv.depth();
+    }
+    return form;
   }
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t k = panel * kPanel;
-    const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
-    const auto* b = conv.weight + k * depth;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = part_begin(count, blocks, i), last = part_begin(count, blocks, i + 1);
-      const int64_t rows = last - first;
-      const auto* a = packed + first * depth;
-      if (conv.residual.data && i + 1 < blocks) {
-        // No hardware prefetcher follows rows that lie pages apart.
-        for (int64_t r = last; r < part_begin(count, blocks, i + 2); ++r) {
-          __builtin_prefetch(pixels[r].residual + k);
-          __builtin_prefetch(pixels[r].residual + k + kPanel / 2);
+
+  // Blocks [begin, end), panels [panel_begin, panel_end). `copies` takes those of one block, or of
+  // all where the panels come first, `blocks` all blocks.
+  static void run(const Conv& conv, const GemmForm& form, int64_t begin, int64_t end,
+                  int64_t panel_begin, int64_t panel_end, E* copies, void* memory) {
+    Block* blocks = static_cast<Block*>(memory);
+    const int64_t count = end - begin;
+    if (form.panels_first) {
+      for (int64_t i = 0; i < count; ++i) {
+        place(conv, form, begin + i, copies + i * form.copy, blocks[i]);
+      }
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const E* weight = conv.weight + (panel + 1) * kPanel * conv.depth();
+        for (int64_t i = 0; i < count; ++i) {
+          if (i + 1 < count) fetch_pixels(conv, blocks[i + 1], panel);
+          if (panel == panel_begin && i + 1 < count) {
+            multiply(conv, blocks[i], panel, ahead_of(blocks[i + 1].patch));
+          } else {
+            // Half of the next panel in the turn of each of two blocks.
+            multiply(conv, blocks[i], panel,
+                     ahead_of(conv, weight + (i & 1) * kPanel / 2 * conv.depth()));
+          }
         }
       }
-      if (columns % kLanes == 0 && depth <= kPiece) {
-        gemm_tile(rows, columns, a, b, depth, OutputPixels<Conv>{conv, k, pixels + first});
-      } else {
-        alignas(64) float tile[kRows * kPanel];
-        for (int64_t d = 0; d < depth; d += kPiece) {
-          gemm_tile(rows, columns, a + d * rows, b + d * kPanel,
-                    depth - d < kPiece ? depth - d : kPiece, StoreTile{tile, d > 0});
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          finish_pixel(conv, k, columns, tile + r * kPanel, pixels[first + r].y,
-                       pixels[first + r].residual);
+    } else {
+      place(conv, form, begin, copies, blocks[0]);
+      for (int64_t i = 0; i < count; ++i) {
+        const Block& block = blocks[i & 1];
+        Block& next = blocks[~i & 1];
+        if (i + 1 < count) place(conv, form, begin + i + 1, copies + (~i & 1) * form.copy, next);
+        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+          if (panel + 1 < panel_end) {
+            fetch_pixels(conv, block, panel + 1);
+          } else if (i + 1 < count) {
+            fetch_pixels(conv, next, panel_begin);
+          }
+          multiply(conv, block, panel,
+                   ahead_of(panel == panel_begin && i + 1 < count ? next.patch : block.patch));
         }
       }
     }
+    if (conv.stream) stream_fence();
   }
-  if (conv.stream) stream_fence();
-}
+
+  static int64_t block_bytes() { return sizeof(Block); }
+
+ private:
+  static NextRuns ahead_of(const Patch<E>& patch) {
+    return {reinterpret_cast<const char*>(patch.data),
+            patch.run_h * static_cast<int64_t>(sizeof(E))};
+  }
+  static NextRuns ahead_of(const Conv& conv, const E* weight) {
+    return {reinterpret_cast<const char*>(weight), 0};
+  }
+
+  // The lines that a tile will add and those that it will write: no hardware prefetcher follows
+  // rows that lie pages apart.
+  FASTSEG_INLINE void fetch_pixels(const Conv& conv, const Block& block, int64_t panel) {
+    constexpr int kLocality = 2;  // L2
+    const int64_t k = panel * kPanel;
+    if (conv.residual.data) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        __builtin_prefetch(block.pixels[r].residual + k);
+        __builtin_prefetch(block.pixels[r].residual + k + kPanel / 2);
+      }
+    }
+    if (!conv.stream) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        __builtin_prefetch(block.pixels[r].y + k, 1, kLocality);
+        __builtin_prefetch(block.pixels[r].y + k + kPanel / 2, 1, kLocality);
+      }
+    }
+  }
+
+  // One panel of a block.
+  static void multiply(const Conv& conv, const Block& block, int64_t panel, NextRuns ahead) {
+    const Patch<E>& whole = block.patch;
+    const int64_t k = panel * kPanel, rows = block.rows;
+    const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
+    const E* b = conv.weight + k * conv.depth() + block.skipped * whole.length * kPanel;
+    const bool vectors = columns % kLanes == 0;
+    alignas(64) float pieces[kRows * kPanel];
+    OutputPixels<Conv> out(conv, k, block.pixels);
+    if (whole.runs_h * whole.runs_w * whole.length <= kGemmPiece) {
+      if (vectors) return patch_tile(rows, columns, whole, b, ahead, out);
+      patch_tile(rows, columns, whole, b, ahead, StoreTile{pieces});
+    } else {
+      // Whole runs where they fit into a piece.
+      const int64_t length = std::min(whole.length, kGemmPiece);
+      const int64_t runs_w =
+          length < whole.length ? 1 : std::clamp<int64_t>(kGemmPiece / length, 1, whole.runs_w);
+      const int64_t runs_h = length < whole.length || runs_w < whole.runs_w
+                                 ? 1
+                                 : std::max<int64_t>(kGemmPiece / (runs_w * length), 1);
+      bool first = true;
+      for (int64_t h = 0; h < whole.runs_h; h += runs_h) {
+        for (int64_t w = 0; w < whole.runs_w; w += runs_w) {
+          for (int64_t d = 0; d < whole.length; d += length) {
+            Patch<E> piece = whole;
+            piece.data += h * whole.run_h + w * whole.run_w + d;
+            piece.runs_h = std::min(runs_h, whole.runs_h - h);
+            piece.runs_w = std::min(runs_w, whole.runs_w - w);
+            piece.length = std::min(length, whole.length - d);
+            const bool last = h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
+                              d + length >= whole.length;
+            if (last && vectors) {
+              out.pieces = pieces;
+              return patch_tile(rows, columns, piece, b, ahead, out);
+            }
+            patch_tile(rows, columns, piece, b, ahead, StoreTile{pieces, !first});
+            b += piece.runs_h * piece.runs_w * piece.length * kPanel;
+            first = false;
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_pixel(conv, k, columns, pieces + r * kPanel, block.pixels[r].y,
+                   block.pixels[r].residual);
+    }
+  }
+
+  // Where block number `index` reads and writes; `copy` takes what it cannot read where it lies.
+  static void place(const Conv& conv, const GemmForm& form, int64_t index, E* copy, Block& block) {
+    int64_t n, oy, ox;  // of the first pixel
+    block.skipped = 0;
+    if (form.rows == GemmForm::kLines) {
+      const int64_t line = index / form.line_blocks, part = index % form.line_blocks;
+      ox = part_begin(conv.Wo, form.line_blocks, part);
+      block.rows = part_begin(conv.Wo, form.line_blocks, part + 1) - ox;
+      n = line / conv.Ho, oy = line % conv.Ho;
+      place_line(conv, form, n, oy, ox, copy, block);
+    } else {
+      const int64_t first = part_begin(conv.pixels(), form.blocks, index);
+      block.rows = part_begin(conv.pixels(), form.blocks, index + 1) - first;
+      const int64_t line = first / conv.Wo;
+      ox = first % conv.Wo, oy = line % conv.Ho, n = line / conv.Ho;
+      if (form.rows == GemmForm::kFlat) {
+        const E* data = reinterpret_cast<const E*>(conv.x.at(n, oy, ox));
+        block.patch = {data, conv.flat_stride(), 0, 0, 1, 1, conv.C};
+      } else {
+        const int64_t depth = conv.depth();
+        block.patch = {copy, depth, 0, 0, 1, 1, round_up(conv.R * conv.S * conv.C, kPerWord<E>)};
+      }
+    }
+    for (int64_t r = 0; r < block.rows;) {
+      const int64_t run = std::min(block.rows - r, conv.Wo - ox);
+      T* y = conv.y.at(n, oy, ox);
+      for (int64_t i = 0; i < run; ++i) block.pixels[r + i].y = y + i * conv.y.pixel;
+      if (conv.residual.data) {
+        const T* residual = conv.residual.at(n, oy, ox);
+        for (int64_t i = 0; i < run; ++i) {
+          block.pixels[r + i].residual = residual + i * conv.residual.pixel;
+        }
+      } else {
+        for (int64_t i = 0; i < run; ++i) block.pixels[r + i].residual = nullptr;
+      }
+      if (form.rows == GemmForm::kGathered) {
+        for (int64_t i = 0; i < run; ++i) {
+          gather(conv, n, oy, ox + i, copy + (r + i) * conv.depth());
+        }
+      }
+      r += run;
+      ox = 0;
+      if (++oy == conv.Ho) oy = 0, ++n;
+    }
+  }
+
+  // Pixels of one line of output: taps above and below the image are left out.
+  static void place_line(const Conv& conv, const GemmForm& form, int64_t n, int64_t oy, int64_t ox,
+                         E* copy, Block& block) {
+    const int64_t iy = oy * conv.stride_h - conv.pad_h, ix = ox * conv.stride_w - conv.pad_w;
+    const int64_t above = ceil_div(std::max<int64_t>(-iy, 0), conv.dilation_h);
+    const int64_t inside = ceil_div(std::max<int64_t>(conv.H - iy, 0), conv.dilation_h);
+    const int64_t h0 = std::min(above, conv.R), h1 = std::clamp(inside, h0, conv.R);
+    Patch<E>& patch = block.patch;
+    patch.runs_h = h1 - h0;
+    patch.runs_w = conv.S / form.taps;
+    patch.length = form.taps * conv.C;
+    block.skipped = h0 * patch.runs_w;
+    const int64_t end = ix + (block.rows - 1) * conv.stride_w + (conv.S - 1) * conv.dilation_w + 1;
+    const int64_t y0 = iy + h0 * conv.dilation_h;
+    if constexpr (std::is_same_v<T, E>) {
+      if (ix >= 0 && end <= conv.W) {
+        patch.data = conv.x.at(n, y0, ix);
+        patch.row = conv.stride_w * conv.x.pixel;
+        patch.run_h = conv.dilation_h * conv.x.row;
+        patch.run_w = conv.dilation_w * conv.x.pixel;
+        return;
+      }
+    }
+    // Of single taps only the pixels that are read, of whole lines all that lie between as well.
+    const int64_t step = form.taps == 1 ? conv.stride_w : 1;
+    const int64_t width =
+        form.taps == 1 ? block.rows : (block.rows - 1) * conv.stride_w + form.taps;
+    patch.data = copy;
+    patch.row = (form.taps == 1 ? 1 : conv.stride_w) * conv.C;
+    patch.run_w = width * conv.C;
+    patch.run_h = patch.runs_w * patch.run_w;
+    for (int64_t h = 0; h < patch.runs_h; ++h) {
+      for (int64_t w = 0; w < patch.runs_w; ++w, copy += width * conv.C) {
+        copy_pixels(conv, n, y0 + h * conv.dilation_h, ix + w * conv.dilation_w, step, width, copy);
+      }
+    }
+  }
+
+  // Pixels x, x + step, ... of a line of the image, zeros where they are outside of it.
+  static void copy_pixels(const Conv& conv, int64_t n, int64_t y, int64_t x, int64_t step,
+                          int64_t count, E* dst) {
+    const int64_t C = conv.C;
+    const int64_t left = std::min(ceil_div(std::max<int64_t>(-x, 0), step), count);
+    const int64_t right = std::clamp(ceil_div(std::max<int64_t>(conv.W - x, 0), step), left, count);
+    std::memset(dst, 0, left * C * sizeof *dst);
+    if (step == 1 && conv.x.pixel == C) {
+      copy_run(conv.x.at(n, y, x + left), dst + left * C, (right - left) * C);
+    } else {
+      for (int64_t i = left; i < right; ++i) {
+        copy_run(conv.x.at(n, y, x + i * step), dst + i * C, C);
+      }
+    }
+    std::memset(dst + right * C, 0, (count - right) * C * sizeof *dst);
+  }
+
+  // All taps of one output pixel side by side, zeros behind them.
+  static void gather(const Conv& conv, int64_t n, int64_t oy, int64_t ox, E* row) {
+    const int64_t iy = oy * conv.stride_h - conv.pad_h, ix = ox * conv.stride_w - conv.pad_w;
+    const int64_t filled = conv.R * conv.S * conv.C;
+    std::memset(row + filled, 0, (conv.depth() - filled) * sizeof *row);
+    for (int64_t r = 0; r < conv.R; ++r, row += conv.S * conv.C) {
+      const int64_t y = iy + r * conv.dilation_h;
+      if (y < 0 || y >= conv.H) {
+        std::memset(row, 0, conv.S * conv.C * sizeof *row);
+      } else {
+        copy_pixels(conv, n, y, ix, conv.dilation_w, conv.S, row);
+      }
+    }
+  }
+};

@@ -1,5 +1,6 @@
-// The register tile everything else feeds: rows x kPanel products of packed operands.
-//   a: [depth / kLine][rows][kLine]   one cache line per row and group of the reduction
+// The register tiles everything else feeds: rows x kPanel products.
+//   a: packed as [depth / kLine][rows][kLine], one cache line per row and group of the reduction,
+//      or rows of an image where they lie
 //   b: [depth / kPerWord][kPanel][kPerWord]
 //   out.start(r, column): what the sums of row r, columns [column, column + kLanes) start from
 //   out.finish(r, column, Vec): takes the finished sums
@@ -37,7 +38,7 @@ FASTSEG_INLINE void gemm_registers(const E* a, const E* b, Ahead<E> ahead, int64
       for (int v = 0; v < V; ++v) panel[v] = load_words(b + v * kLanes * kPerWord<E>);
 #pragma GCC unroll 14
       for (int r = 0; r < R; ++r) {
-        const auto scalar = load_word(a + r * kLine<E> + l * kPerWord<E>);
+        const auto scalar = broadcast(load_word(a + r * kLine<E> + l * kPerWord<E>));
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], scalar, panel[v]);
       }
@@ -47,6 +48,102 @@ FASTSEG_INLINE void gemm_registers(const E* a, const E* b, Ahead<E> ahead, int64
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) out.finish(r, column + v * kLanes, acc[r][v]);
+  }
+}
+
+// What the rows of a tile read where it lies. The reduction of row r consists of runs_h x runs_w
+// runs of `length` operands side by side; the first begins at data + r * row.
+template <typename E>
+struct Patch {
+  const E* data;
+  int64_t row, run_h, run_w;  // strides
+  int64_t runs_h, runs_w, length;
+};
+
+// What the core reads next, fetched meanwhile: from data + h * run on for every row of runs, a line
+// for each step.
+struct NextRuns {
+  const char* data;
+  int64_t run;
+};
+
+// The same of a patch. Three rows share an address register: with one for each there were not
+// enough.
+template <int R, int V, class E, class Rows>
+FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const NextRuns& ahead,
+                                    int64_t column, const Rows& rows) {
+  const Rows out = rows;
+  Vec acc[R][V];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = out.start(r, column + v * kLanes);
+  }
+  int64_t row = patch.row;
+  const char* fetch = ahead.data;
+  const auto step = [&](const E* const* a, int l) __attribute__((always_inline)) {
+    decltype(load_words(b)) panel[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) panel[v] = load_words(b + v * kLanes * kPerWord<E>);
+    __builtin_prefetch(fetch, 0, 2);
+    fetch += 64;
+    asm("" : "+r"(row));  // else row + l of every l takes an address register of its own
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const auto scalar = broadcast(load_word(a[r / 3] + r % 3 * row + l * kPerWord<E>));
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], scalar, panel[v]);
+    }
+    b += kPanel * kPerWord<E>;
+  };
+  for (int64_t h = 0; h < patch.runs_h; ++h) {
+    fetch = ahead.data + h * ahead.run;
+    for (int64_t w = 0; w < patch.runs_w; ++w) {
+      const E* a[(R + 2) / 3];
+#pragma GCC unroll 5
+      for (int i = 0; i < (R + 2) / 3; ++i) {
+        a[i] = patch.data + h * patch.run_h + w * patch.run_w + 3 * i * patch.row;
+      }
+      constexpr int kUnroll = 4;
+      int64_t d = kUnroll * kPerWord<E>;
+      for (; d <= patch.length; d += kUnroll * kPerWord<E>) {
+#pragma GCC unroll 4
+        for (int l = 0; l < kUnroll; ++l) step(a, l);
+#pragma GCC unroll 5
+        for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kUnroll * kPerWord<E>;
+      }
+      for (d -= kUnroll * kPerWord<E>; d < patch.length; d += kPerWord<E>) {
+        step(a, 0);
+#pragma GCC unroll 5
+        for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kPerWord<E>;
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) out.finish(r, column + v * kLanes, acc[r][v]);
+  }
+}
+
+template <int V, int R, class E, class Rows>
+FASTSEG_INLINE void patch_rows(int64_t rows, const Patch<E>& patch, const E* b,
+                               const NextRuns& ahead, int64_t column, const Rows& out) {
+  if constexpr (R > 0) {
+    if (rows == R) return patch_registers<R, V>(patch, b, ahead, column, out);
+    patch_rows<V, R - 1>(rows, patch, b, ahead, column, out);
+  }
+}
+
+template <class E, class Rows>
+static void patch_tile(int64_t rows, int64_t columns, const Patch<E>& patch, const E* b,
+                       const NextRuns& ahead, const Rows& out) {
+  for (int64_t k = 0; k < columns; k += 2 * kLanes) {
+    if (columns - k > kLanes) {
+      patch_rows<2, kRows>(rows, patch, b + k * kPerWord<E>, ahead, k, out);
+    } else {
+      patch_rows<1, kRows>(rows, patch, b + k * kPerWord<E>, ahead, k, out);
+    }
   }
 }
 

@@ -57,9 +57,8 @@ def choose_tile(
     The one with the fewest multiplications wins; a transform counts like 12 more channels on the
     other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels), a
     weight that is read like 20 multiplications (25 at 512 channels, 50 for those that come from
-    memory). F(6, 3) is for dilated convolutions of 2048 channels; elsewhere its larger error has to
-    save a third. ``accuracy="strict"`` leaves out what rounds more than torch's own
-    convolution.
+    memory). F(6, 3) is for dilated convolutions of 2048 channels alone, because of its error.
+    ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
@@ -76,10 +75,10 @@ def choose_tile(
     for tile in STRICT if accuracy == "strict" else TILES:
         if tile in (1, 3) and grid > TILES[tile][0]:
             continue
+        if tile == 6 and (C < 2048 or min(dilation) == 1):
+            continue
         products, weights = winograd_products((Ho, Wo), dilation, tile)
         cost[tile] = products * (C * K + 12.0 * (C + K))
-        if tile == 6 and (C < 2048 or min(dilation) == 1):
-            cost[tile] *= 1.5
         cost[tile] += READ * weights * C * K
     return min(cost, key=cost.__getitem__)
 

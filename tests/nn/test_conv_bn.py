@@ -191,7 +191,7 @@ def runs_packed(layer, *args):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(9, 8), (33, 40), (11, 5)])
+@pytest.mark.parametrize("size", [(19, 22), (33, 40), (33, 9)])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
 def test_inference_is_packed(activation, size, layout, monkeypatch):
     monkeypatch.setattr(conv_bn, "SMALLEST_PACKED", 0)
@@ -224,7 +224,7 @@ def test_inference_is_packed(activation, size, layout, monkeypatch):
 
 
 def test_what_inference_leaves_to_torch(monkeypatch):
-    x = torch.randn(1, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 16, 17, 17).contiguous(memory_format=torch.channels_last)
     layer = ConvBNReLU2d(16, 16, 3, padding=1).eval()
     with torch.no_grad():
         assert not runs_packed(layer, x)  # too small

@@ -38,6 +38,11 @@ GEMM_CASES = [  # N, C, H, W, K, kernel, stride, padding, dilation
     (1, 512, 2, 3, 96, (1, 1), (1, 1), (0, 0), (1, 1)),
     (3, 5, 1, 1, 33, (3, 3), (1, 1), (1, 1), (1, 1)),
     (1, 289, 14, 9, 40, (6, 4), (1, 3), (6, 2), (2, 2)),  # 6936 terms, summed in pieces
+    (2, 3, 40, 37, 32, (3, 3), (2, 2), (1, 1), (1, 1)),  # several blocks a line
+    (1, 7, 3, 33, 33, (5, 3), (1, 1), (9, 4), (2, 3)),  # lines that read padding alone
+    (1, 400, 5, 30, 40, (3, 3), (2, 2), (1, 1), (1, 1)),  # pieces of whole kernel rows
+    (1, 1100, 3, 40, 36, (1, 3), (1, 1), (0, 1), (1, 1)),  # pieces within a run
+    (1, 600, 3, 30, 36, (1, 3), (1, 1), (0, 2), (1, 2)),  # pieces of single taps
 ]
 WINOGRAD_CASES = [  # N, C, H, W, K, padding, dilation
     (1, 64, 21, 23, 64, (1, 1), (1, 1)),
@@ -59,6 +64,19 @@ def test_gemm(shape, activation, cpu_isa):
     conv = pack_conv(*tensors[1:3], **options, tile=0)
     exact = exact_result(*tensors, **options)
     assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[0]
+
+
+@pytest.mark.parametrize("shape", GEMM_CASES, ids=str)
+def test_gemm_of_slices(shape, cpu_isa):
+    """Images whose pixels or lines lie apart in memory."""
+    N, C, H, W, K, kernel, stride, padding, dilation = shape
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "activation": "relu"}
+    _, weight, bias, _ = case(N, C, H, W, K, kernel, **options)
+    x = torch.randn(N, C + 3, H + 1, W + 2).contiguous(memory_format=torch.channels_last)
+    conv = pack_conv(weight, bias, **options, tile=0)
+    for view in (x[:, 2:-1, 1:, 1:-1], x[:, 1:-2, :-1, :-2]):
+        exact = exact_result(view, weight, bias, None, **options)
+        assert relative_error(conv_engine(view, conv), exact) <= ALLOWED[0]
 
 
 BORDERED_CASES = [
