@@ -43,13 +43,16 @@ def allowed(tile, products):
     return ALLOWED[tile] if products == BF16 else ROUNDING
 
 
-def largest_of_many(exact, weight, tile, products):
+def largest_of_many(exact, weight, tile, products, slope=1.0):
     """The bound for any map of unit-variance data, also one of a few outputs that may all be small:
-    the largest of a thousand million errors is six deviations."""
+    the largest of a thousand million errors is six deviations. Sums of few channels have longer
+    tails than the normal distribution; a negative slope beyond 1 makes errors larger too."""
     rounding = ROUNDING * exact.abs().max().item()
+    response = max(1.0, abs(slope)) * weight[0].numel() ** 0.5
     if products == torch.float32 or tile == 0:
-        return max(rounding, ROUNDING * weight[0].numel() ** 0.5)
-    return rounding + 6 * 2**0.5 * DELTA * WORST_GROWTH[tile] * weight[0].numel() ** 0.5
+        return max(rounding, ROUNDING * response)
+    deviations = 6 if weight.shape[1] >= 16 else 9
+    return rounding + deviations * 2**0.5 * DELTA * WORST_GROWTH[tile] * response
 
 
 def image(*shape):

@@ -164,7 +164,11 @@ def test_convolutions(block, restored, threads):
             largest = max(exact.abs().max().item(), 3 * weight[0].numel() ** 0.5)
             allowed = test_conv_engine.ALLOWED[tile] * largest
             if x.dtype == BF16:
-                allowed = test_conv_engine_bf16.largest_of_many(exact, weight, tile, products)
+                leaky = options["activation"] == "leaky_relu"
+                slope = options["negative_slope"] if leaky else 1.0
+                allowed = test_conv_engine_bf16.largest_of_many(
+                    exact, weight, tile, products, slope
+                )
             error = (y - exact).abs().max().item()
             assert error <= allowed, f"error {error:.2e} > {allowed:.2e}, {message}"
         place, whole = destination(rng, y)
