@@ -1,161 +1,25 @@
 // The inference convolution of the CPU: weights are packed once (pack_cpu.cpp), then every call is
-// one pass with bias, residual and activation in the epilogue. This file cuts the work into tasks
-// and registers the ops; the arithmetic is in the .inl files.
+// one pass with bias, residual and activation in the epilogue. This file checks and registers the
+// ops; run.h lists the algorithms, and the arithmetic is in the .inl files.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <cstring>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
-#include "common/cache.h"
 #include "common/check.h"
 #include "common/counters.h"
 #include "common/dispatch.h"
-#include "common/isa.h"
-#include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/run.h"
 #include "conv_engine/tiles.h"
-#include "conv_engine/winograd.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace fastseg {
 namespace conv_engine {
 namespace {
 
-#define FASTSEG_KERNEL_FILE "conv_engine/conv_engine_kernel.inl"
-#define FASTSEG_KERNEL_BF16
-#include "common/foreach_isa.inl"
-
-// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have a fourth instruction set.
-#if defined(__x86_64__)
-#define FASTSEG_CONV_CALL(...)                                                 \
-  [] {                                                                         \
-    if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {          \
-      if (current_isa() >= Isa::kAvx512Bf16) return &avx512_bf16::__VA_ARGS__; \
-    }                                                                          \
-    return FASTSEG_ISA_CALL(__VA_ARGS__);                                      \
-  }()
-#else
-#define FASTSEG_CONV_CALL FASTSEG_ISA_CALL
-#endif
-
 // From this size on outputs are written past the caches: nobody would find them there anyway.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
-
-// Multiplications of a task, about a tenth of a millisecond.
-constexpr int64_t kTaskProducts = 10'000'000;
-
-// Lines of one task of the one-dimensional form: three register tiles.
-constexpr int64_t kTaskLines = 42;
-struct TaskBuffer;  // names the scratch memory of a task
-
-// Weights of at most half of L2 stay there while the blocks of pixels pass by, each once. Larger
-// ones pass by in panels, each used by all blocks of a task, which together take a quarter of L2:
-// with 2 MB of weights on a core with 2 MB that took 23.4 instead of 27.4 ms, with 1 MB 11.5
-// instead of 11.1.
-template <class Conv>
-void run_gemm(const Conv& conv) {
-  using E = typename Conv::Operand;
-  const int64_t threads = torch::stable::get_num_threads();
-  GemmForm form = FASTSEG_CONV_CALL(GemmKernel<Conv>::form)(conv);
-  const int64_t block_bytes = FASTSEG_CONV_CALL(GemmKernel<Conv>::block_bytes)();
-  const int64_t columns = conv.panels() * kPanel;
-  const int64_t products = ceil_div(conv.pixels(), form.blocks) * conv.depth();  // per column
-  form.panels_first = columns * conv.depth() * int64_t{sizeof(E)} > l2_bytes() / 2;
-  const int64_t most = form.panels_first
-                           ? l2_bytes() / 4 / (products * static_cast<int64_t>(sizeof(E)))
-                           : kTaskProducts / (products * columns);
-  const int64_t tasks = ceil_div(form.blocks, std::max<int64_t>(most, 1));
-  const int64_t parts = std::min(form.blocks, round_up(tasks, threads));
-  // Few pixels and many channels (pooled maps): share the panels out as well.
-  const int64_t panel_parts = std::min(conv.panels(), ceil_div(2 * threads, parts));
-  const int64_t kept = form.panels_first ? ceil_div(form.blocks, parts) : 2;  // blocks at a time
-  const auto kernel = FASTSEG_CONV_CALL(GemmKernel<Conv>::run);
-  parallel_tasks(parts * panel_parts, [&](int64_t task) {
-    const int64_t part = task / panel_parts, panel_part = task % panel_parts;
-    kernel(conv, form, part_begin(form.blocks, parts, part),
-           part_begin(form.blocks, parts, part + 1),
-           part_begin(conv.panels(), panel_parts, panel_part),
-           part_begin(conv.panels(), panel_parts, panel_part + 1),
-           scratch<TaskBuffer, E>(kept * form.copy), scratch<TaskBuffer, char>(kept * block_bytes));
-  });
-}
-
-// Few outputs of many channels: 64 -> 1 at 320x320 took 33 ms as a matrix product on one core.
-template <class Conv>
-bool is_narrow(const Conv& conv) {
-  return conv.K <= kNarrowOutputs && conv.C >= kGroup;
-}
-
-template <class Conv>
-void run_narrow(const Conv& conv) {
-  using T = typename Conv::Storage;
-  const int64_t taps = conv.R * conv.S, weights = conv.K * taps * round_up(conv.C, kGroup);
-  std::vector<float> unpacked(weights);
-  std::vector<T> zeros(conv.C);
-  FASTSEG_CONV_CALL(unpack_narrow<Conv>)(conv, unpacked.data());
-  const auto kernel = FASTSEG_CONV_CALL(narrow_conv<Conv>);
-  const int64_t lines = conv.N * conv.Ho;
-  const int64_t parts = std::min(lines, 8 * int64_t{torch::stable::get_num_threads()});
-  parallel_tasks(parts, [&](int64_t part) {
-    kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
-           unpacked.data(), zeros.data(), scratch<TaskBuffer, const T*>(taps * 8));
-  });
-}
-
-// Tiles of one task of `points` products: few enough that the transformed tiles and their products
-// stay in L2, unless the weights that every task reads anew from L3 are more than twice what it
-// writes and reads of those. 64, 128, 256, 512 channels were fastest with 28 to 42, 28 to 42, 97
-// and 97 tiles on a core with 2 MB.
-template <class Conv>
-int64_t task_tiles(const Conv& conv, int64_t points) {
-  const int64_t C = conv.channels(), K = conv.panels() * kPanel;
-  const int64_t v_bytes = std::min(C, kWinogradPiece) * sizeof(typename Conv::Operand);
-  const int64_t tile_bytes = points * (v_bytes + K * static_cast<int64_t>(sizeof(float)));
-  const int64_t cached = l2_bytes() * 3 / 8 / tile_bytes;
-  const int64_t amortised = C * K / (C + K) / 2;
-  return std::clamp<int64_t>(std::max(cached, amortised), kMaxRows,
-                             std::max<int64_t>(kMaxRows, 8 * l2_bytes() / tile_bytes));
-}
-
-template <class Pair, class Conv>
-void run_winograd(const Conv& conv) {
-  // A window that is pooled must not reach over two tiles.
-  const TileGrid grid(Pair{}, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w,
-                      conv.pooled.data != nullptr);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = task_tiles(conv, grid.weight[0]) * grid.weight[0];
-  const int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < parts; ++i) {
-    tiles = std::max(tiles, grid.part_begin(parts, i + 1) - grid.part_begin(parts, i));
-  }
-  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, tiles);
-  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
-  parallel_tasks(parts, [&](int64_t part) {
-    kernel(conv, grid, grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
-           scratch<TaskBuffer>(floats));
-  });
-}
-
-template <class Conv>
-void run_winograd_1d(const Conv& conv) {
-  const int64_t lines = conv.N * (conv.S == 1 ? conv.W : conv.H);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::min(lines, round_up(ceil_div(lines, kTaskLines), threads));
-  const int64_t floats =
-      FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::scratch_size)(conv, ceil_div(lines, parts));
-  const auto kernel = FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::run);
-  parallel_tasks(parts, [&](int64_t part) {
-    kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
-           scratch<TaskBuffer>(floats));
-  });
-}
 
 template <typename T>
 void check_image(const Tensor& t, const char* name) {
@@ -306,18 +170,14 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.stream = conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
                 conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
                 conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
-  if (o.tile == 0 && is_narrow(conv)) {
-    FASTSEG_COUNT("conv_engine.narrow");
-    run_narrow(conv);
-  } else if (o.tile == 0) {
-    FASTSEG_COUNT("conv_engine.gemm");
+  if (o.tile == 0) {
     run_gemm(conv);
   } else if (o.tile == kLineTile) {
     FASTSEG_COUNT("conv_engine.winograd_1d");
     if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);
   } else {
     FASTSEG_COUNT("conv_engine.winograd");
-    dispatch_tile<E>(o.tile, [&](auto pair) { run_winograd<decltype(pair)>(conv); });
+    run_winograd(conv, o.tile);
   }
 }
 

@@ -23,7 +23,7 @@ namespace fastseg {
 namespace conv_engine {
 namespace {
 
-#define FASTSEG_KERNEL_FILE "conv_engine/conv_engine_kernel.inl"
+#define FASTSEG_KERNEL_FILE "conv_engine/pack_kernel.inl"
 #include "common/foreach_isa.inl"
 
 // Where element d of a column's reduction lies in its packed panel.

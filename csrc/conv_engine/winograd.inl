@@ -7,68 +7,6 @@
 // Points of V and M, and tiles of M, lie a cache line further apart than they need to, so that they
 // do not fall on the same cache sets.
 
-template <int kOut, int kTaps, class P, int kFirst, int kIn>
-FASTSEG_INLINE void input_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec (&d)[kIn],
-                                    Vec (&v)[kIn]) {
-  using W = Winograd<kOut, kTaps, P, kFirst>;
-  constexpr int kZ = W::kZero, kPairs = W::kPairs;
-  constexpr auto kCoef = W::coefficients();
-  Vec infinity = d[2 * kPairs + kZ];  // the leading coefficient of every polynomial is 1
-#pragma GCC unroll 8
-  for (int k = 0; k < kPairs; ++k) infinity += d[2 * k + kZ] * kCoef.polynomial[kPairs][k];
-  v[W::kProducts - 1] = infinity;
-  if constexpr (kZ == 1) {
-    Vec zero = d[2 * kPairs];
-#pragma GCC unroll 8
-    for (int k = 0; k < kPairs; ++k) zero += d[2 * k] * kCoef.polynomial[kPairs][k];
-    v[0] = zero;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kPairs; ++i) {
-    Vec even = d[2 * kPairs - 1 + kZ], odd = d[2 * kPairs - 2 + kZ];
-#pragma GCC unroll 8
-    for (int k = 0; k < kPairs - 1; ++k) {
-      even += d[2 * k + 1 + kZ] * kCoef.polynomial[i][k];
-      odd += d[2 * k + kZ] * kCoef.polynomial[i][k];
-    }
-    v[kZ + 2 * i] = even + odd * kCoef.power[i][1];
-    v[kZ + 2 * i + 1] = even - odd * kCoef.power[i][1];
-  }
-}
-
-template <int kOut, int kTaps, class P, int kFirst, int kIn>
-FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec (&m)[kIn],
-                                     Vec (&y)[kOut]) {
-  using W = Winograd<kOut, kTaps, P, kFirst>;
-  constexpr auto kCoef = W::coefficients();
-#pragma GCC unroll 8
-  for (int i = 0; i < W::kPairs; ++i) {
-    const Vec plus = m[W::kZero + 2 * i], minus = m[W::kZero + 2 * i + 1];
-    const Vec even = plus + minus, odd = plus - minus;
-#pragma GCC unroll 8
-    for (int t = 0; t < kOut; ++t) {
-      const Vec term = ((t + kFirst) % 2 ? odd : even) * kCoef.power[i][t + kFirst];
-      y[t] = i == 0 ? term : y[t] + term;
-    }
-  }
-  if constexpr (W::kZero == 1) y[0] += m[0];
-  y[kOut - 1] += m[W::kProducts - 1];
-}
-
-FASTSEG_INLINE void input_transform(Bordered, const Vec (&d)[2], Vec (&v)[3]) {
-  v[0] = d[0] + d[1];
-  v[1] = d[1];
-  v[2] = d[0];
-}
-
-FASTSEG_INLINE void output_transform(Bordered, const Vec (&m)[3], Vec (&y)[2]) {
-  y[0] = m[0] + m[1];
-  y[1] = m[0] + m[2];
-}
-
-FASTSEG_INLINE void input_transform(Single, const Vec (&d)[1], Vec (&v)[1]) { v[0] = d[0]; }
-FASTSEG_INLINE void output_transform(Single, const Vec (&m)[1], Vec (&y)[1]) { y[0] = m[0]; }
-
 template <class Pair, class Conv>
 struct WinogradKernel {
   using T = typename Conv::Storage;

@@ -1,4 +1,4 @@
-// The kernels of the convolution engine, compiled once per instruction set.
+// Opens a kernel file of the engine: what every kernel uses. kernel_end.inl closes it.
 #define FASTSEG_INLINE __attribute__((always_inline)) static inline
 #define FASTSEG_MEMBER_INLINE __attribute__((always_inline))
 #if defined(__clang__)
@@ -12,14 +12,4 @@
 #include "conv_engine/bf16.inl"
 #include "conv_engine/gemm_tile.inl"
 #include "conv_engine/epilogue.inl"
-#include "conv_engine/gemm_conv.inl"
-#include "conv_engine/narrow_conv.inl"
-#include "conv_engine/conv_pool.inl"
-#include "conv_engine/winograd.inl"
-#include "conv_engine/winograd_1d.inl"
 // clang-format on
-#if !defined(__clang__)
-#pragma GCC pop_options
-#endif
-#undef FASTSEG_MEMBER_INLINE
-#undef FASTSEG_INLINE

@@ -1,0 +1,34 @@
+// What the translation units of the engine share: each cuts one algorithm into tasks.
+#pragma once
+
+#include <type_traits>
+
+#include "common/isa.h"
+#include "conv_engine/conv_engine.h"
+
+// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have a fourth instruction set.
+#if defined(__x86_64__)
+#define FASTSEG_CONV_CALL(...)                                                 \
+  [] {                                                                         \
+    if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {          \
+      if (current_isa() >= Isa::kAvx512Bf16) return &avx512_bf16::__VA_ARGS__; \
+    }                                                                          \
+    return FASTSEG_ISA_CALL(__VA_ARGS__);                                      \
+  }()
+#else
+#define FASTSEG_CONV_CALL FASTSEG_ISA_CALL
+#endif
+
+namespace fastseg {
+namespace conv_engine {
+
+// Instantiated for the three kinds of Convolution, winograd_1d for float32 products alone.
+template <class Conv>
+void run_gemm(const Conv& conv);
+template <class Conv>
+void run_winograd(const Conv& conv, int64_t tile);
+template <class Conv>
+void run_winograd_1d(const Conv& conv);
+
+}  // namespace conv_engine
+}  // namespace fastseg
