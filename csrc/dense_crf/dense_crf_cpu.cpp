@@ -139,6 +139,17 @@ class LabelRows {
   void splat(size_t term, const TileView<T>& tile, const T* rows, const T* factor) const {
     lattice_kernels<T>().splat_tile(tile, rows, factor, width, terms[term].sums.data());
   }
+  // Reads from where a run of points will be stored, so that the stores need not wait for these
+  // lines. A prefetch instruction would be dropped where the page is not known to the core.
+  void approach(int64_t begin, int64_t length) const {
+    if (problem_.point_major) return;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const volatile T* out = problem_.out + begin;
+    for (int64_t l = 0; l < problem_.labels; ++l, out += problem_.points) {
+      for (int64_t i = 0; i < length; i += kLine) static_cast<void>(out[i]);
+      static_cast<void>(out[length - 1]);
+    }
+  }
   void store(int64_t tile, int points, T* rows, const T* factor) const {
     lattice_kernels<T>().scale_rows(rows, points, width, factor);
     if (!problem_.point_major) {
@@ -203,6 +214,7 @@ class TwoLabels {
     for (int p = 0; p < tile.points; ++p) combined[p] = of_1 * rows[p] + of_0 * factor[p];
     lattice_kernels<T>().splat_tile(tile, combined, nullptr, width, terms[term].sums.data());
   }
+  void approach(int64_t, int64_t) const {}
   void store(int64_t tile, int, const T* rows, const T* factor) const {
     const int64_t along = problem_.point_major ? 2 : 1,
                   plane = problem_.point_major ? 1 : problem_.points;
@@ -260,11 +272,23 @@ bool mean_field(const Problem<T>& problem, Form form) {
           watch.lap(StageTimes::kLoad);
         } else {
           const auto make_logits = [&] {
-            const T* from = constant;
-            for (const Term<T>& term : form.terms) {
-              kernels.slice_tile(TileView<T>(term.lattice, t, first, points), term.values.data(),
-                                 width, term.coefficient.data(), from, rows);
-              from = rows;
+            const auto slice = [&](int64_t position, int64_t count) {
+              const T* from = constant + position * width;
+              T* out = rows + position * width;
+              for (const Term<T>& term : form.terms) {
+                const TileView<T> tile(term.lattice, t, first, points);
+                kernels.slice_tile(tile.part(static_cast<int>(position), static_cast<int>(count)),
+                                   term.values.data(), width, term.coefficient.data(), from, out);
+                from = out;
+              }
+            };
+            if (!last || width == 1) {
+              slice(0, points);
+            } else {
+              tiling.for_each_run(t, [&](int64_t begin, int64_t length, int64_t position) {
+                form.approach(begin, length);
+                slice(position, length);
+              });
             }
             if (form.terms.empty()) std::copy_n(constant, points * width, rows);
             watch.lap(StageTimes::kSlice);

@@ -165,6 +165,16 @@ struct TileView {
       splat_scale = other;
     }
   }
+  // The view of `count` of its points alone.
+  TileView part(int begin, int count) const {
+    TileView view = *this;
+    view.points = count;
+    view.point_simplex += begin;
+    view.weight += static_cast<int64_t>(begin) * d1;
+    if (slice_scale != nullptr) view.slice_scale += begin;
+    if (splat_scale != nullptr) view.splat_scale += begin;
+    return view;
+  }
 };
 
 }  // namespace fastseg
