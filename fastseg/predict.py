@@ -258,8 +258,10 @@ def _device(name: str | torch.device) -> torch.device:
         name = "cuda" if built and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Predictor: device must be auto, cpu or cuda, got {name!r}") from error
+    except RuntimeError:  # torch does not know the word
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Predictor: device must be auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("Predictor: torch must find a GPU for device cuda; use cpu or auto")
     return device

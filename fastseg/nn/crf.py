@@ -156,7 +156,13 @@ class DenseCRF(nn.Module):
         """The parameters of a paper, see ``PRESETS``, or of a ``.json`` file that
         ``fastseg crf tune`` wrote; keyword arguments replace single ones."""
         if name.endswith(".json"):
-            return cls(**{**json.loads(Path(name).read_text()), **overrides})
+            text = Path(name).read_text()
+            try:
+                return cls(**{**json.loads(text), **overrides})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"DenseCRF.from_preset: {name} must hold arguments of DenseCRF ({error})"
+                ) from error
         if name not in PRESETS:
             raise ValueError(
                 f"DenseCRF.from_preset: name must be one of {sorted(PRESETS)}, got {name!r}"

@@ -44,7 +44,7 @@ class Payload:
 def test_code_in_a_file_does_not_run(tmp_path, capsys):
     path = tmp_path / "net.pth"
     torch.save({"state_dict": Payload()}, path)
-    with pytest.raises(ValueError, match=r"must hold tensors and plain containers only"):
+    with pytest.raises(ValueError, match=r"must hold tensors and plain .* but holds print; where"):
         convert.read(path)
     path.write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match=r"must hold tensors and plain containers only"):
@@ -60,6 +60,12 @@ def test_bad_files(tmp_path):
         convert.read(tmp_path / "net.safetensors")
     with pytest.raises(FileNotFoundError):
         convert.read(tmp_path / "absent.pth")
+    torch.save({"weight": torch.ones(99)}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for content in (b"", b"nothing of the kind", whole[:300]):
+        (tmp_path / "net.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"net\.pth must be a complete file of torch\.save"):
+            convert.read(tmp_path / "net.pth")
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"must map names to tensors.* got list"):
         convert.read(tmp_path / "list.pth")
