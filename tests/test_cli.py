@@ -171,6 +171,9 @@ def test_segment_goes_on_where_it_was_interrupted(monkeypatch, capsys, photos, q
     assert states() == ["ok", "skipped"]
     assert states("--tta", "flip") == ["ok", "ok"]  # other options, other results
     assert states("--tta", "flip", "--overwrite") == ["ok", "ok"]
+    assert states("--tile", "64") == ["ok", "ok"]
+    assert states("--tile", "64", "--overlap", "0.5") == ["ok", "ok"]
+    assert states("--tta", "flip") == ["ok", "ok"]
     later = (out / "a_mask.png").stat().st_mtime + 10
     os.utime(photos / "a.png", (later, later))  # the photo has changed since
     assert states("--tta", "flip") == ["ok", "skipped"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastseg.crf_tune import Example, evaluate, load_examples, near_border, table, tune
+from fastseg.crf_tune import Example, Score, evaluate, load_examples, near_border, table, tune
 from fastseg.nn import DenseCRF
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -43,6 +43,27 @@ def test_tuning_raises_accuracy_near_borders(tmp_path):
     best = DenseCRF(unary="probs", **trials[0].preset(5))
     assert evaluate(examples, best).border_accuracy == trials[0].score.border_accuracy
     assert len(table(without, trials).splitlines()) == len(trials) + 2
+
+
+def test_limit_takes_evenly_spaced_files(tmp_path):
+    every = load_examples(write_examples(tmp_path, 5))
+    some = load_examples(tmp_path, limit=2)
+    assert len(some) == 2
+    for example, i in zip(some, (0, 2), strict=True):
+        assert torch.equal(example.labels, every[i].labels)
+
+
+def test_settings_that_lower_the_mean_iou_rank_last(monkeypatch):
+    def scored(examples, refine, border):
+        if refine is None:
+            return Score(0.5, 0.5, 0.5)
+        best_at_borders = refine.bilateral_weight.tolist() == [10.0]
+        return Score(0.4, 0.9, 0.9) if best_at_borders else Score(0.6, 0.6, 0.6)
+
+    monkeypatch.setattr("fastseg.crf_tune.evaluate", scored)
+    trials = tune([])[1]
+    assert trials[0].score.miou == 0.6
+    assert trials[-1].score.border_accuracy == 0.9
 
 
 def test_scores_by_hand():

@@ -81,6 +81,22 @@ def test_large_photos_are_tiled_by_themselves(monkeypatch):
     assert seen == [(90, 110)]
 
 
+class TileMean(nn.Module):
+    """A network whose answer is the mean brightness of what it sees."""
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3), keepdim=True).expand(-1, 1, *x.shape[2:])
+        return torch.cat([-mean, mean], 1)
+
+
+def test_tiles_blend_alike_from_both_sides():
+    image = np.broadcast_to(np.linspace(0, 255, 96).astype(np.uint8)[None, :, None], (64, 96, 3))
+    predictor = Predictor(TileMean(), tile=64, overlap=0.5)
+    there, back = (predictor(np.ascontiguousarray(a)).probs for a in (image, image[:, ::-1]))
+    assert np.ptp(there[1, 0]) > 0.1  # two tiles that differ
+    np.testing.assert_allclose(there, back[:, :, ::-1], atol=1e-5)
+
+
 @pytest.mark.parametrize("tta", [["flip"], ["ms"], ["flip", "ms"]])
 def test_augmented_views_agree_on_what_is_plain(tta):
     image, mask = steps(96, 128)

@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastseg import convert, models
+from fastseg.convert.load import fit, thin
 from fastseg.models.common import BilinearUpsample2d
+from fastseg.predict import Predictor
 
 from .layouts import Source
 from .test_caffe import TINY, deeplabv1, vgg16_fc
@@ -34,6 +36,21 @@ def test_files(tmp_path, suffix):
     assert report.layout == "deeplabv1_caffe"
     assert torch.equal(model.head.fc7.weight, source["fc7.weight"])
     assert str(report) == f"deeplabv1_caffe: {len(source)} tensors loaded"
+
+
+def test_predictor_normalises_as_the_layout_wants(tmp_path):
+    torch.save(deeplab_source(), tmp_path / "net.pth")
+    predictor = Predictor(models.deeplabv1_largefov_vgg16(**TINY), weights=tmp_path / "net.pth")
+    assert predictor.card.mean == pytest.approx((122.679 / 255, 116.669 / 255, 104.007 / 255))
+    assert predictor.card.std == pytest.approx((1 / 255,) * 3)
+
+
+def test_what_does_not_fit_stays_as_it_is():
+    """One tap of 7 x 7 is no fc6, and a full upsampling kernel has no diagonal form."""
+    fc6 = torch.randn(4, 4, 7, 7)
+    assert thin(fc6, (4, 4, 1, 1)) is fc6
+    name, full = "head.deconv.weight", torch.ones(2, 2, 4, 4)
+    assert fit({name: full}, {name: torch.ones(2, 1, 4, 4)}, False)[name] is full
 
 
 class Payload:
