@@ -6,6 +6,8 @@ textbook values make some networks worse. :func:`tune` measures them on examples
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,34 +76,83 @@ def load_examples(folder: str | Path, limit: int | None = None) -> list[Example]
     """The ``.npz`` files of a folder in the order of their names, or ``limit`` evenly spaced ones.
 
     Each holds ``p`` (L, H, W) probabilities, uint8 ones out of 255, ``im`` (H, W, 3) uint8 and
-    ``gt`` (H, W) labels.
+    ``gt`` (H, W) labels; labels of L or more are void.
+
+    Raises:
+        ValueError: there are none, or one of them holds something else.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"crf tune: limit must be at least 1, got {limit}")
     files = sorted(Path(folder).glob("*.npz"))
     if not files:
         raise ValueError(f"crf tune: the folder must hold .npz files, got {folder}")
     if limit is not None and limit < len(files):
         files = [files[i * len(files) // limit] for i in range(limit)]
-    examples = []
+    examples: list[Example] = []
     for file in files:
-        with np.load(file) as data:
-            missing = {"p", "im", "gt"} - set(data.files)
-            if missing:
-                raise ValueError(f"crf tune: {file} must hold p, im and gt, {missing} are missing")
-            p, image, labels = data["p"], data["im"], data["gt"]
-        if p.ndim != 3 or image.shape != (*p.shape[1:], 3) or labels.shape != p.shape[1:]:
+        arrays = load_arrays(file, "p", "im", "gt")
+        probs, image, labels = as_probabilities(arrays["p"], file), arrays["im"], arrays["gt"]
+        size = tuple(probs.shape[1:])
+        if image.shape != (*size, 3) or image.dtype != np.uint8:
             raise ValueError(
-                f"crf tune: {file} must hold p (L, H, W), im (H, W, 3) and gt (H, W), got "
-                f"{p.shape}, {image.shape} and {labels.shape}"
+                f"crf: im in {file} must be uint8 of shape {(*size, 3)} as p is, "
+                f"got {image.dtype} of shape {image.shape}"
             )
-        probs = torch.from_numpy(p).float()
-        examples.append(
-            Example(
-                probs / 255 if p.dtype == np.uint8 else probs,
-                torch.from_numpy(image).permute(2, 0, 1),
-                torch.from_numpy(labels.astype(np.int64)),
+        if labels.shape != size or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+            raise ValueError(
+                f"crf: gt in {file} must be integers from 0 of shape {size} as p is, "
+                f"got {labels.dtype} of shape {labels.shape}"
             )
-        )
+        if examples and len(examples[0].probs) != len(probs):
+            raise ValueError(
+                f"crf: p in {file} must have {len(examples[0].probs)} labels as in {files[0]}, "
+                f"got {len(probs)}"
+            )
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        examples.append(Example(probs, pixels, torch.from_numpy(labels.astype(np.int64))))
     return examples
+
+
+def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file by name, or the one array of an ``.npy`` file.
+
+    Raises:
+        ValueError: the file is of another kind or damaged, or lacks one of them.
+        OSError: the file cannot be opened.
+    """
+    try:
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            return dict.fromkeys(names, loaded)
+        with loaded:
+            return {name: loaded[name] for name in names}
+    except KeyError:
+        raise ValueError(
+            f"crf: {path} must hold {' and '.join(names)}, got {', '.join(loaded.files)}"
+        ) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"crf: {path} must be an .npy or .npz file of numbers") from error
+
+
+def as_probabilities(p: np.ndarray, path: Path) -> Tensor:
+    """An array of a file as (L, H, W) float32 probabilities; uint8 ones are out of 255.
+
+    Raises:
+        ValueError: it has other axes or another dtype, or values that are no probabilities.
+    """
+    if p.ndim != 3 or 0 in p.shape or not (p.dtype == np.uint8 or p.dtype.kind == "f"):
+        raise ValueError(
+            f"crf: p in {path} must be floats or uint8 (L, H, W), got {p.dtype} of shape {p.shape}"
+        )
+    if p.dtype == np.uint8:
+        return torch.from_numpy(p).float() / 255
+    low, high = p.min(), p.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails
+        raise ValueError(
+            f"crf: p in {path} must be probabilities from 0 to 1, got {low:g} to {high:g}; "
+            "for logits take their softmax first"
+        )
+    return torch.from_numpy(p.astype(np.float32))
 
 
 def near_border(labels: Tensor, classes: int, distance: int) -> Tensor:

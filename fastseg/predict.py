@@ -48,7 +48,7 @@ class _Scores(nn.Module):
             y: Any = network.scores(x)
         else:
             y = network(x)
-        return y["out"] if isinstance(y, Mapping) else y
+        return y.get("out", y) if isinstance(y, Mapping) else y
 
 
 class Predictor:
@@ -75,7 +75,7 @@ class Predictor:
             see photos of more than 4 million pixels in tiles of 1024.
         overlap: the part of a tile that it shares with the next, from 0 to below 1.
         tta: test-time augmentation, the mean of several predictions: "flip" mirrors, "ms" resizes
-            by 0.75, 1 and 1.25.
+            by 0.75, 1 and 1.25; one name or several.
 
     Raises:
         ValueError: an argument is out of range, or weights and network do not fit.
@@ -100,6 +100,7 @@ class Predictor:
             raise ValueError(f"Predictor: tile must be at least {_MIN_SIDE} pixels, got {tile}")
         if not 0 <= overlap < 1:
             raise ValueError(f"Predictor: overlap must be from 0 to below 1, got {overlap:g}")
+        tta = (tta,) if isinstance(tta, str) else tta
         for name in tta:
             if name not in TTA_KINDS:
                 raise ValueError(f"Predictor: tta must be of {', '.join(TTA_KINDS)}, got {name!r}")
@@ -112,6 +113,9 @@ class Predictor:
             std=tuple(card.std if std is None else std),
             size=card.size if size is None else size,
         )
+        _check_card(self.card)
+        if crf is not None and not isinstance(crf, str | nn.Module):
+            raise ValueError(f"Predictor: crf must be a preset's name or a module, got {crf!r}")
         self.model = network.eval().to(self.device)
         self._run: nn.Module = _Scores(network).eval()
         if self.device.type == "cpu":
@@ -231,6 +235,12 @@ class Predictor:
             x = x.to(self.device).float()
             x = (x.flip(-1) if flip else x).sub_(self._mean).div_(self._std)
             y = self._run(x)
+            if not isinstance(y, Tensor) or y.dim() != 4:
+                got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(
+                    "Predictor: the network must return logits (N, L, h, w), or a dict with those "
+                    f'under "out", got {got}'
+                )
             return F.pad(y, (0, 0, 0, 0, 1, 0)) if y.shape[1] == 1 else y  # logits (0, y)
 
     def _refine(self, p: Tensor, x: Tensor) -> Tensor:
@@ -258,17 +268,33 @@ def _device(name: str | torch.device) -> torch.device:
         name = "cuda" if built and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Predictor: device must be auto, cpu or cuda, got {name!r}") from error
+    except RuntimeError:  # torch does not know the word
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Predictor: device must be auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("Predictor: torch must find a GPU for device cuda; use cpu or auto")
     return device
+
+
+def _check_card(card: ModelCard) -> None:
+    """Raise ValueError where what is said of inputs cannot be."""
+    for name, values in (("mean", card.mean), ("std", card.std)):
+        if len(values) != 3 or not all(math.isfinite(v) for v in values):
+            raise ValueError(f"Predictor: {name} must be three numbers, R, G and B, got {values}")
+    if min(card.std) <= 0:
+        raise ValueError(f"Predictor: std must be positive, got {card.std}")
+    size = card.size
+    if size is not None and (not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1):
+        raise ValueError(f"Predictor: size must be (H, W) in pixels, got {size}")
 
 
 def _load(
     model: str | nn.Module | None, weights: PathLike | None, classes: Sequence[str] | None
 ) -> tuple[nn.Module, ModelCard]:
     """The network with its weights, and what is known of it."""
+    if not isinstance(model, str | nn.Module | None):
+        raise ValueError(f"Predictor: model must be a network or the name of one, got {model!r}")
     if model is None and weights is None:
         raise ValueError("Predictor: model must be given, or weights that have a model card")
     card = None

@@ -171,6 +171,9 @@ def test_segment_goes_on_where_it_was_interrupted(monkeypatch, capsys, photos, q
     assert states() == ["ok", "skipped"]
     assert states("--tta", "flip") == ["ok", "ok"]  # other options, other results
     assert states("--tta", "flip", "--overwrite") == ["ok", "ok"]
+    assert states("--tile", "64") == ["ok", "ok"]
+    assert states("--tile", "64", "--overlap", "0.5") == ["ok", "ok"]
+    assert states("--tta", "flip") == ["ok", "ok"]
     later = (out / "a_mask.png").stat().st_mtime + 10
     os.utime(photos / "a.png", (later, later))  # the photo has changed since
     assert states("--tta", "flip") == ["ok", "skipped"]
@@ -225,7 +228,7 @@ def test_segment_photos_of_one_name(monkeypatch, capsys, photos, quick, tmp_path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere.jpg"], "No such file or directory: 'nowhere.jpg'"),
+        (["nowhere.jpg"], "nowhere.jpg: No such file or directory"),
         (["PHOTO", "--save", "mask,gif"], "must be among mask, overlay, compare, probs, got 'gif'"),
         (["PHOTO", "--save", ","], "--save must name something to write"),
         (["PHOTO", "--tta", "spin"], "tta must be of flip, ms, got 'spin'"),
@@ -235,6 +238,9 @@ def test_segment_photos_of_one_name(monkeypatch, capsys, photos, quick, tmp_path
         (["PHOTO", "--crf=nope"], "name must be one of"),
         (["EMPTY"], "there are no pictures in folder"),
         (["PHOTO", "SAME"], "several photos are called a.png"),
+        (["PHOTO", "--device", "mps"], "device must be auto, cpu or cuda, got 'mps'"),
+        (["PHOTO", "-o", "PHOTO"], "--out must be a folder, got the file"),
+        (["PHOTO", "--weights", "nowhere.pth", "--model", "unet"], "nowhere.pth: No such file"),
     ],
 )
 def test_segment_mistakes_are_one_sentence(monkeypatch, capsys, photos, tmp_path, args, message):
@@ -245,7 +251,7 @@ def test_segment_mistakes_are_one_sentence(monkeypatch, capsys, photos, tmp_path
     places = {"PHOTO": photos / "a.png", "EMPTY": empty, "SAME": same / "a.png"}
     args = [str(places.get(a, a)) for a in args]
     code, stdout, stderr = run_cli(
-        monkeypatch, capsys, "segment", *args, "-o", str(tmp_path / "out"), "--jsonl"
+        monkeypatch, capsys, "segment", "-o", str(tmp_path / "out"), *args, "--jsonl"
     )
     assert code == 1
     assert message in stderr + stdout

@@ -46,6 +46,8 @@ def test_mistakes(monkeypatch, capsys):
         (("models", "unet", "--size", "axb"), "such as 480x640, got 'axb'"),
         (("models", "unet", "-O", "width"), "an option must be KEY=VALUE, got 'width'"),
         (("models", "unet", "-O", "depth=3"), "unet has no option 'depth'"),
+        (("models", "unet", "-O", "num_classes=0"), "num_classes must be a positive integer"),
+        (("models", "fcn_resnet50", "-O", "in_channels=rgb"), "in_channels must be a positive"),
     ):
         code, _, err = run_cli(monkeypatch, capsys, *arguments)
         assert code == 1

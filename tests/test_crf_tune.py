@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastseg.crf_tune import Example, evaluate, load_examples, near_border, table, tune
+from fastseg.crf_tune import Example, Score, evaluate, load_examples, near_border, table, tune
 from fastseg.nn import DenseCRF
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -43,6 +43,27 @@ def test_tuning_raises_accuracy_near_borders(tmp_path):
     best = DenseCRF(unary="probs", **trials[0].preset(5))
     assert evaluate(examples, best).border_accuracy == trials[0].score.border_accuracy
     assert len(table(without, trials).splitlines()) == len(trials) + 2
+
+
+def test_limit_takes_evenly_spaced_files(tmp_path):
+    every = load_examples(write_examples(tmp_path, 5))
+    some = load_examples(tmp_path, limit=2)
+    assert len(some) == 2
+    for example, i in zip(some, (0, 2), strict=True):
+        assert torch.equal(example.labels, every[i].labels)
+
+
+def test_settings_that_lower_the_mean_iou_rank_last(monkeypatch):
+    def scored(examples, refine, border):
+        if refine is None:
+            return Score(0.5, 0.5, 0.5)
+        best_at_borders = refine.bilateral_weight.tolist() == [10.0]
+        return Score(0.4, 0.9, 0.9) if best_at_borders else Score(0.6, 0.6, 0.6)
+
+    monkeypatch.setattr("fastseg.crf_tune.evaluate", scored)
+    trials = tune([])[1]
+    assert trials[0].score.miou == 0.6
+    assert trials[-1].score.border_accuracy == 0.9
 
 
 def test_scores_by_hand():
@@ -82,8 +103,48 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match=r"must hold \.npz files"):
         load_examples(tmp_path)
     np.savez(tmp_path / "a.npz", p=np.zeros((2, 3, 4)), im=np.zeros((3, 4, 3)))
-    with pytest.raises(ValueError, match="'gt'"):
+    with pytest.raises(ValueError, match=r"a\.npz must hold p and im and gt, got p, im"):
         load_examples(tmp_path)
-    np.savez(tmp_path / "a.npz", p=np.zeros((2, 3, 4)), im=np.zeros((3, 4, 3)), gt=np.zeros((4, 3)))
-    with pytest.raises(ValueError, match=r"gt \(H, W\)"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        load_examples(tmp_path, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("p", np.zeros((3, 4)), r"floats or uint8 \(L, H, W\), got float64 of shape \(3, 4\)"),
+        ("p", np.zeros((0, 3, 4)), r"got float64 of shape \(0, 3, 4\)"),
+        ("p", np.full((2, 3, 4), "a"), "floats or uint8"),
+        ("p", np.full((2, 3, 4), np.nan), "from 0 to 1, got nan to nan"),
+        ("p", np.full((2, 3, 4), 7.0), "from 0 to 1, got 7 to 7; for logits take their softmax"),
+        ("p", np.zeros((3, 3, 4)), "must have 2 labels as in .*0.npz, got 3"),
+        ("im", np.zeros((3, 4)), r"im in .* must be uint8 of shape \(3, 4, 3\)"),
+        ("gt", np.zeros((4, 3), np.uint8), r"gt in .* of shape \(3, 4\) .* of shape \(4, 3\)"),
+        ("gt", np.zeros((3, 4)), "gt in .* must be integers from 0 .* got float64"),
+        ("gt", np.full((3, 4), -1), "must be integers from 0"),
+    ],
+)
+def test_bad_arrays(tmp_path, name, array, message):
+    good = {
+        "p": np.zeros((2, 3, 4)),
+        "im": np.zeros((3, 4, 3), np.uint8),
+        "gt": np.zeros((3, 4), np.int64),
+    }
+    np.savez(tmp_path / "0.npz", **good)
+    np.savez(tmp_path / "1.npz", **{**good, name: array})
+    with pytest.raises(ValueError, match=message):
         load_examples(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 damaged"])
+def test_damaged_files(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz must be an \.npy or \.npz file of numbers"):
+        load_examples(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"widths": 3}', '{"iters": "many"}'])
+def test_damaged_presets(tmp_path, text):
+    (tmp_path / "crf.json").write_text(text)
+    with pytest.raises(ValueError, match=r"crf\.json must hold arguments of DenseCRF"):
+        DenseCRF.from_preset(str(tmp_path / "crf.json"))

@@ -1,6 +1,8 @@
-"""The pages about the networks."""
+"""README and docs say what is so: links, names, commands and tables."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,38 @@ import pytest
 from fastseg.models import list_models, model_info
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
+@each_page
+def test_names(page):
+    """``fastseg.a.b`` in a text is a module or an attribute."""
+    for name in set(re.findall(r"\bfastseg(?:\.[A-Za-z_]\w*)+", page.read_text())):
+        at, *rest = name.split(".")
+        found = importlib.import_module(at)
+        for part in rest:
+            at += f".{part}"
+            found = getattr(found, part, None) or importlib.import_module(at)
+
+
+@each_page
+def test_commands(page):
+    """``$ fastseg NAME --option`` in a text is a command that has this option."""
+    testing = pytest.importorskip("typer.testing")
+    from fastseg.cli.app import app
+
+    for line in re.findall(r"^\$ fastseg (.*)$", page.read_text(), re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        command = words[:2] if words[0] == "crf" and words[1] == "tune" else words[:1]
+        command += ["refine"] if command == ["crf"] else []
+        about = testing.CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+        for word in words:
+            if word.startswith("-"):
+                assert re.search(rf"{word.partition('=')[0]}\b", about.output), line
+
+
+@each_page
 def test_links(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):

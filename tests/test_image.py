@@ -188,3 +188,9 @@ def test_atomic_write_leaves_nothing_half_done(tmp_path):
         interrupted()
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_32_bit_integers_of_16_bits():
+    image = Image.fromarray(np.array([[0, 32896, 65535]], np.int32))
+    assert image.mode == "I"
+    assert read_image(image)[0, :, 0].tolist() == [0, 128, 255]

@@ -81,6 +81,22 @@ def test_large_photos_are_tiled_by_themselves(monkeypatch):
     assert seen == [(90, 110)]
 
 
+class TileMean(nn.Module):
+    """A network whose answer is the mean brightness of what it sees."""
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3), keepdim=True).expand(-1, 1, *x.shape[2:])
+        return torch.cat([-mean, mean], 1)
+
+
+def test_tiles_blend_alike_from_both_sides():
+    image = np.broadcast_to(np.linspace(0, 255, 96).astype(np.uint8)[None, :, None], (64, 96, 3))
+    predictor = Predictor(TileMean(), tile=64, overlap=0.5)
+    there, back = (predictor(np.ascontiguousarray(a)).probs for a in (image, image[:, ::-1]))
+    assert np.ptp(there[1, 0]) > 0.1  # two tiles that differ
+    np.testing.assert_allclose(there, back[:, :, ::-1], atol=1e-5)
+
+
 @pytest.mark.parametrize("tta", [["flip"], ["ms"], ["flip", "ms"]])
 def test_augmented_views_agree_on_what_is_plain(tta):
     image, mask = steps(96, 128)
@@ -99,7 +115,7 @@ def test_flip_is_undone():
 
     image = np.zeros((64, 64, 3), np.uint8)
     plain = Predictor(LeftHalf())(image)
-    both = Predictor(LeftHalf(), tta=["flip"])(image)
+    both = Predictor(LeftHalf(), tta="flip")(image)
     np.testing.assert_allclose(both.probs, (plain.probs + plain.probs[..., ::-1]) / 2, atol=1e-6)
 
 
@@ -320,6 +336,15 @@ def test_results_do_not_change_when_the_next_photo_comes():
         ({"tile": 8}, "tile must be at least 64 pixels, got 8"),
         ({"overlap": 1}, "overlap must be from 0 to below 1, got 1"),
         ({"tta": ["spin"]}, "tta must be of flip, ms, got 'spin'"),
+        ({"tta": "spin"}, "tta must be of flip, ms, got 'spin'"),
+        ({"device": "meta"}, "device must be auto, cpu or cuda, got 'meta'"),
+        ({"model": 3}, "model must be a network or the name of one, got 3"),
+        ({"crf": 3}, "crf must be a preset's name or a module, got 3"),
+        ({"mean": (0, 0)}, "mean must be three numbers"),
+        ({"std": (1, 1, float("nan"))}, "std must be three numbers"),
+        ({"std": (1, 0, 1)}, "std must be positive"),
+        ({"size": 64}, r"size must be \(H, W\) in pixels, got 64"),
+        ({"size": (0, 64)}, r"size must be \(H, W\) in pixels"),
         ({"model": "u2nett"}, "no weights ship for 'u2nett', only for u2netp"),
         ({"model": None}, "model must be given"),
         ({"model": "u2netp", "weights": "F"}, "holds weights of segnet, got model u2netp"),
@@ -347,6 +372,20 @@ def test_no_gpu_is_one_sentence():
 def test_wrong_number_of_class_names():
     with pytest.raises(ValueError, match=r"one name for each .* got 2 names for 3 classes"):
         Predictor(Brighter(), classes=("a", "b"))(steps(64, 64)[0])
+
+
+@pytest.mark.parametrize(
+    ("forward", "got"),
+    [
+        (lambda self, x: (x, x), "got tuple"),
+        (lambda self, x: {"logits": x}, "got dict"),
+        (lambda self, x: x.mean((2, 3)), r"got shape \(1, 3\)"),
+    ],
+)
+def test_networks_that_return_something_else(forward, got):
+    network = type("Network", (torch.nn.Module,), {"forward": forward})()
+    with pytest.raises(ValueError, match=rf"must return logits \(N, L, h, w\), or a dict .* {got}"):
+        Predictor(network)(steps(64, 64)[0])
 
 
 def test_a_bad_photo_is_one_sentence(tmp_path):

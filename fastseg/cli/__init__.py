@@ -18,4 +18,11 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        sys.exit(f"fastseg: {error}")
+        sys.exit(f"fastseg: {sentence(error)}")
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in words: an ``OSError`` without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error)

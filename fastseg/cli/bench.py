@@ -24,7 +24,7 @@ def bench(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or both with a comma.")
     ] = "float32",
-    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.", min=1)] = None,
     seconds: Annotated[float, typer.Option(help="Of timed calls for each work.")] = 10.0,
     html: Annotated[Path | None, typer.Option(help="Write one page with pictures.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure.")] = None,
@@ -45,6 +45,8 @@ def bench(
         for work in works:
             print(f"{work.name:30} {work.group:7} {'x'.join(map(str, work.shape))}")
         return
+    if seconds <= 0:
+        raise ValueError(f"bench: --seconds must be positive, got {seconds:g}")
     chosen = None if peers is None else [p.strip() for p in peers.split(",")]
     threads = threads or torch.get_num_threads()
     machine = describe(threads)

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from typer.core import TyperGroup
 
-from fastseg.crf_tune import Trial, load_examples, table, tune
+from fastseg.crf_tune import Trial, as_probabilities, load_arrays, load_examples, table, tune
 from fastseg.image import atomic_write, mask_image, read_image
 from fastseg.nn import DenseCRF
 
@@ -26,7 +25,13 @@ class _RefineByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-crf = typer.Typer(cls=_RefineByDefault, help="Refine probabilities with a dense CRF, or tune it.")
+crf = typer.Typer(
+    cls=_RefineByDefault,
+    help="""Refine probabilities with a dense CRF, or tune it.
+
+    `fastseg crf PHOTO ...` is short for `fastseg crf refine PHOTO ...`.""",
+    no_args_is_help=True,
+)
 
 
 @crf.command()
@@ -38,16 +43,12 @@ def refine(
 ) -> None:
     """Write the mask of most probable classes after the CRF."""
     image = read_image(photo)
-    loaded = np.load(probs)
-    p = loaded if isinstance(loaded, np.ndarray) else loaded["p"]
-    if p.ndim != 3 or p.shape[1:] != image.shape[:2]:
+    x = as_probabilities(load_arrays(probs, "p")["p"], probs)[None]
+    if x.shape[-2:] != image.shape[:2]:
         raise ValueError(
             f"crf: probs must have shape (L, {image.shape[0]}, {image.shape[1]}) to match "
-            f"{photo.name}, got {p.shape}"
+            f"{photo.name}, got {tuple(x.shape[1:])}"
         )
-    x = torch.from_numpy(np.ascontiguousarray(p)).float()[None]
-    if p.dtype == np.uint8:
-        x = x / 255
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.inference_mode():
         q = DenseCRF.from_preset(preset, unary="probs")(x, pixels)
@@ -59,9 +60,9 @@ def refine(
 def tune_command(
     data: Annotated[Path, typer.Option(help="Folder of .npz files with p, im and gt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Preset to write.")] = Path("crf.json"),
-    iters: Annotated[int, typer.Option(help="Mean-field updates.")] = 5,
-    limit: Annotated[int | None, typer.Option(help="Use so many files, evenly spaced.")] = None,
-    show: Annotated[int, typer.Option(help="Lines of the table.")] = 10,
+    iters: Annotated[int, typer.Option(help="Mean-field updates.", min=1)] = 5,
+    limit: Annotated[int | None, typer.Option(help="Use this many files.", min=1)] = None,
+    show: Annotated[int, typer.Option(help="Lines of the table.", min=0)] = 10,
 ) -> None:
     """Search the parameters that are most accurate near label borders on labelled examples."""
     examples = load_examples(data, limit)

@@ -21,7 +21,6 @@ _ISA_NEEDS = {
 _CHECKED_ON: tuple[str, ...] = ()
 _EXTRAS = {
     "cli": ("typer", "rich"),
-    "export": ("onnx", "onnxscript"),
     "bench": ("pytest", "pytest_benchmark"),
 }
 

@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 
 from fastseg import __version__
+from fastseg.cli import sentence
 from fastseg.image import PICTURE_NAME
 from fastseg.predict import Predictor
 from fastseg.result import Segmentation, output_path
@@ -27,7 +28,7 @@ def segment(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
     model: Annotated[str | None, typer.Option(help="Network; default: u2netp.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A safetensors file.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File: .safetensors, .pth or .pt.")] = None,
     crf: Annotated[
         str | None,
         typer.Option(metavar="[=PRESET]", help="Refine with a dense CRF; alone: =default."),
@@ -86,15 +87,11 @@ def segment(
             try:
                 result = predictor(photo)
                 result.save(out, stem, kinds, note)
-            except (
-                ValueError,
-                OSError,
-                MemoryError,
-                RuntimeError,
-            ) as error:  # torch's out of memory
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch: no memory
                 failed += 1
-                record |= {"status": "failed", "error": str(error)}
-                line = str(error) if str(photo) in str(error) else f"{photo}: {error}"
+                reason = sentence(error)
+                record |= {"status": "failed", "error": reason}
+                line = reason if str(photo) in reason else f"{photo}: {reason}"
             else:
                 record |= _facts(result) | {"outputs": {k: str(p) for k, p in outputs.items()}}
                 line = f"{photo}: {_summary(result)} -> {', '.join(map(str, outputs.values()))}"
@@ -118,6 +115,8 @@ def _jobs(photos: list[Path], out: Path, kinds: list[str]) -> list[tuple[Path, s
     """Each photo and the stem of its results, which is unique."""
     if not kinds:
         raise ValueError("segment: --save must name something to write")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"segment: --out must be a folder, got the file {out}")
     for kind in kinds:
         output_path(out, "", kind)  # a bad name is reported before the work
     files: list[Path] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +24,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     of a training script and prefixes such as ``module.`` are taken off (:func:`unwrap`).
 
     Raises:
-        ValueError: the file is of another kind, or holds Python objects that only running code of
-            the file could restore.
+        ValueError: the file is of another kind or damaged, or holds Python objects that only
+            running code of the file could restore.
         OSError: the file cannot be read.
     """
     path = os.fspath(path)
@@ -39,14 +39,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"convert: a checkpoint must be .safetensors, .pth, .pt, .pth.tar or .bin, got {path}"
         )
     try:
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises almost anything on a file of another kind
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # the class that it does not restore
+        if foreign is None:
+            raise ValueError(
+                f"convert: {path} must be a complete file of torch.save, and no TorchScript"
+            ) from error
         raise ValueError(
             f"convert: {path} must hold tensors and plain containers only, so that it can be read "
-            "without running its code; where you trust it, load it yourself and save its "
-            f"state dict as .safetensors ({reason})"
+            f"without running its code, but holds {foreign[1]}; where you trust it, load it "
+            "yourself and save its state dict as .safetensors"
         ) from None
+    return unwrap(checkpoint)
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:

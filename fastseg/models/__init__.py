@@ -1,5 +1,6 @@
 """Every architecture of classic semantic segmentation, one file per paper, and a registry."""
 
+from .checkpoint import ModelCard, read_card, save_checkpoint, shipped_weights
 from .common import SegmentationModel, SimpleSegmentationModel
 from .cost import count_macs, count_parameters
 from .crfrnn import FCNWithCRF, crfrnn_fcn8s_vgg16
@@ -56,6 +57,7 @@ __all__ = [
     "Dilated",
     "FCNWithCRF",
     "Layer",
+    "ModelCard",
     "ModelInfo",
     "Paper",
     "RefineNet",
@@ -99,12 +101,15 @@ __all__ = [
     "model_info",
     "pspnet_resnet50",
     "pspnet_resnet101",
+    "read_card",
     "refinenet_resnet50",
     "refinenet_resnet101",
     "refinenet_resnet152",
     "register",
+    "save_checkpoint",
     "segnet_basic",
     "segnet_vgg16",
+    "shipped_weights",
     "trace",
     "u2net",
     "u2netp",

@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -91,8 +92,17 @@ def _with_weights(build: Builder) -> Builder:
     """The builder with one more argument, ``weights``: what :func:`fastseg.convert.load` takes, or
     "shipped"."""
 
+    signature = inspect.signature(build)
+
     @functools.wraps(build)
     def builder(*args: Any, weights: Any = None, **options: Any) -> nn.Module:
+        given = {**signature.bind_partial(*args, **options).arguments, **options}
+        for name in ("num_classes", "in_channels"):
+            value = given.get(name, 1)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(
+                    f"{build.__name__}: {name} must be a positive integer, got {value!r}"
+                )
         model = build(*args, **options)
         if weights is not None:
             from ..convert import load  # which knows the networks
@@ -100,7 +110,6 @@ def _with_weights(build: Builder) -> Builder:
             load(shipped_path(build.__name__) if weights == "shipped" else weights, model)
         return model
 
-    signature = inspect.signature(build)
     weights = inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
@@ -124,7 +133,7 @@ def model_info(name: str) -> ModelInfo:
         import difflib
 
         near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}" if near else "list_models() names them"
+        hint = f"did you mean {' or '.join(near)}" if near else "`fastseg models` lists them"
         raise ValueError(f"create_model: no network is called {name!r}; {hint}")
     return _MODELS[name]
 

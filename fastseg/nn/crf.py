@@ -156,7 +156,13 @@ class DenseCRF(nn.Module):
         """The parameters of a paper, see ``PRESETS``, or of a ``.json`` file that
         ``fastseg crf tune`` wrote; keyword arguments replace single ones."""
         if name.endswith(".json"):
-            return cls(**{**json.loads(Path(name).read_text()), **overrides})
+            text = Path(name).read_text()
+            try:
+                return cls(**{**json.loads(text), **overrides})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"DenseCRF.from_preset: {name} must hold arguments of DenseCRF ({error})"
+                ) from error
         if name not in PRESETS:
             raise ValueError(
                 f"DenseCRF.from_preset: name must be one of {sorted(PRESETS)}, got {name!r}"
@@ -289,12 +295,12 @@ def _as_float(x: Tensor) -> Tensor:
 
 def _terms(name: str, value: Sequence[Any] | None, length: int) -> list[tuple[Any, ...]]:
     """One tuple or a list of them -> a list of checked tuples."""
-    if value is None or len(value) == 0:
+    if value is None or (isinstance(value, Sequence) and not value):
         return []
     several = isinstance(value, list) and isinstance(value[0], (list, tuple))
-    terms = [tuple(v) for v in value] if several else [tuple(value)]
+    terms = value if several else [value]
     for term in terms:
-        if len(term) != length:
+        if not isinstance(term, Sequence) or len(term) != length:
             parts = "(sigma_xy, weight)" if length == 2 else "(sigma_xy, sigma_rgb, weight)"
             raise ValueError(f"DenseCRF: {name} must be {parts} or a list of those, got {term}")
-    return terms
+    return [tuple(term) for term in terms]

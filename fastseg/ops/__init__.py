@@ -3,7 +3,7 @@
 from .conv_act import conv_act, fold_bn
 from .conv_bn import conv_bn_act, conv_bn_act_reference
 from .conv_branches import conv_branches, conv_branches_reference
-from .conv_engine import PackedConv, conv_engine, pack_conv
+from .conv_engine import PackedConv, conv_engine, conv_engine_reference, pack_conv
 from .crf_memory import estimate_memory
 from .dense_crf import (
     PairwiseTerm,
@@ -19,7 +19,14 @@ from .gcn_conv import (
     global_conv2d_reference,
     pack_global_conv2d,
 )
-from .max_unpool import from_torch_indices, max_pool2d, max_unpool2d, to_torch_indices
+from .max_unpool import (
+    from_torch_indices,
+    max_pool2d,
+    max_pool2d_reference,
+    max_unpool2d,
+    max_unpool2d_reference,
+    to_torch_indices,
+)
 from .permutohedral import (
     PermutohedralLattice,
     permutohedral_filter,
@@ -45,6 +52,7 @@ __all__ = [
     "conv_branches",
     "conv_branches_reference",
     "conv_engine",
+    "conv_engine_reference",
     "dense_crf",
     "dense_crf_reference",
     "estimate_memory",
@@ -57,7 +65,9 @@ __all__ = [
     "global_conv2d_reference",
     "kl_divergence",
     "max_pool2d",
+    "max_pool2d_reference",
     "max_unpool2d",
+    "max_unpool2d_reference",
     "pack_conv",
     "pack_global_conv2d",
     "permutohedral_filter",

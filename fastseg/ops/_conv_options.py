@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IntPair = int | tuple[int, ...]  # one number, or (height, width)
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 
 ACTIVATIONS = ("relu", "leaky_relu", "none")
 
@@ -70,7 +71,30 @@ def check_convolution(
         raise ValueError(f"conv_bn_act: negative_slope must be at least 0, got {negative_slope}")
 
 
-def autocast(
+def op_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: IntPair,
+    padding: IntPair | str,
+    dilation: IntPair,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Geometry, tuple[int, ...]]:
+    """The tensors as the ops take them, cast by autocast and with explicit padding; the geometry;
+    and the shape of the result, which the residual has too."""
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, pads = _explicit_padding(x, weight, padding, dilation)
+    geometry = (pair(stride), pads, pair(dilation))
+    shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, *geometry))
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"conv_bn_act: residual must be {shape} {x.dtype} like the result, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
+        )
+    return x, weight, bias, residual, geometry, shape
+
+
+def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Casts to the autocast dtype where autocast is on, like torch's convolutions."""
@@ -85,7 +109,7 @@ def autocast(
     )
 
 
-def explicit_padding(
+def _explicit_padding(
     x: Tensor, weight: Tensor, padding: IntPair | str, dilation: IntPair
 ) -> tuple[Tensor, tuple[int, int]]:
     """Padding as (height, width); what "same" adds on one side only is padded to x here."""
@@ -100,7 +124,7 @@ def explicit_padding(
     return x, (total_h // 2, total_w // 2)
 
 
-def output_size(
+def _output_size(
     x: Tensor,
     weight: Tensor,
     stride: tuple[int, int],
@@ -118,11 +142,3 @@ def output_size(
             f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
     return H, W
-
-
-def check_residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"conv_bn_act: residual must be {shape} {x.dtype} like the result, "
-            f"got {tuple(residual.shape)} {residual.dtype}"
-        )

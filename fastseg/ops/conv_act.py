@@ -5,17 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._conv_options import (
-    IntPair,
-    allows_tf32,
-    autocast,
-    check_convolution,
-    check_residual,
-    explicit_padding,
-    output_size,
-    pair,
-    slope_of,
-)
+from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from ._layout import empty_image
 
 
@@ -83,12 +73,9 @@ def conv_with_epilogue(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    x, pads = explicit_padding(x, weight, padding, dilation)
-    geometry = (pair(stride), pads, pair(dilation))
-    if residual is not None:
-        size = output_size(x, weight, *geometry)
-        check_residual(residual, x, (x.shape[0], weight.shape[0], *size))
+    x, weight, bias, residual, geometry, _ = op_arguments(
+        x, weight, bias, residual, stride, padding, dilation
+    )
     return torch.ops.fastseg.conv_act(
         x,
         weight,

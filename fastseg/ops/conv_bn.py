@@ -5,17 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import conv_bn_autograd as _autograd  # noqa: F401  registers fakes and gradients
-from ._conv_options import (
-    IntPair,
-    allows_tf32,
-    autocast,
-    check_convolution,
-    check_residual,
-    explicit_padding,
-    output_size,
-    pair,
-    slope_of,
-)
+from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from .conv_act import conv_with_epilogue, fold_bn
 from .winograd_conv import training_tile, winograd_conv2d
 
@@ -104,16 +94,13 @@ def conv_bn_act(
         return conv_with_epilogue(
             x, *folded, residual, stride, padding, dilation, groups, activation, negative_slope
         )
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    x, pads = explicit_padding(x, weight, padding, dilation)
-    geometry = (pair(stride), pads, pair(dilation))
-    H, W = output_size(x, weight, *geometry)
-    check_residual(residual, x, (x.shape[0], C, H, W))
-    count = x.shape[0] * H * W
+    x, weight, bias, residual, geometry, shape = op_arguments(
+        x, weight, bias, residual, stride, padding, dilation
+    )
+    count = shape[0] * shape[2] * shape[3]
     if count == 1:
         raise ValueError(
-            "conv_bn_act: training needs more than 1 value per channel, "
-            f"got an output of {(x.shape[0], C, H, W)}"
+            f"conv_bn_act: training needs more than 1 value per channel, got an output of {shape}"
         )
     if count == 0:  # nothing to take statistics of
         return F.conv2d(x, weight, bias, *geometry, groups)

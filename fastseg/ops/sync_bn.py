@@ -14,17 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._conv_options import (
-    IntPair,
-    allows_tf32,
-    autocast,
-    check_convolution,
-    check_residual,
-    explicit_padding,
-    output_size,
-    pair,
-    slope_of,
-)
+from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from .conv_act import conv_backward
 from .conv_bn import update_running
 from .conv_bn_autograd import stats_dtype
@@ -60,10 +50,9 @@ def sync_conv_bn_act(
     check_convolution(
         x, weight, bias, stride, padding, dilation, groups, activation, negative_slope
     )
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    x, pads = explicit_padding(x, weight, padding, dilation)
-    geometry = (pair(stride), pads, pair(dilation))
-    check_residual(residual, x, (x.shape[0], weight.shape[0], *output_size(x, weight, *geometry)))
+    x, weight, bias, residual, geometry, _ = op_arguments(
+        x, weight, bias, residual, stride, padding, dilation
+    )
     z, mean, var, count = _SyncConvBnAct.apply(
         x,
         weight,

@@ -52,12 +52,14 @@ def optimize(
             :mod:`fastseg.ops.conv_engine_bf16`.
 
     Returns:
-        The optimised copy, for calls under ``torch.inference_mode()`` or ``torch.no_grad()``.
+        The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.
         Later changes of the model's weights do not reach it.
 
     Raises:
-        ValueError: the model is in training mode, or an argument has no such value.
+        ValueError: the model is no module or in training mode, or an argument has no such value.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"optimize: model must be an nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
     if dtype not in (torch.float32, torch.bfloat16):
@@ -66,7 +68,10 @@ def optimize(
         raise ValueError(f"optimize: accuracy must be one of {tuple(ROUNDED)}, got {accuracy!r}")
     report: Report = []
     settings = {"accuracy": accuracy, "dtype": dtype}
-    form = _inference_form(copy.deepcopy(model), settings, report, "")
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():  # a ScriptModule has no requires_grad_
+        parameter.requires_grad_(False)
+    form = _inference_form(model, settings, report, "")
     if dtype == torch.bfloat16:
         fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
     else:

@@ -147,6 +147,8 @@ def trace(module: nn.Module) -> tuple[fx.GraphModule | None, dict[nn.Module, str
                 required_arguments(module)
                 with _attributes_stay(known):
                     graph = tracer.trace(module)
+                for node in graph.nodes:
+                    node.type = None  # annotations that are strings could not be pickled
                 return fx.GraphModule(module, graph, type(module).__name__), opaque
             except Exception as error:
                 culprit, reason = tracer.culprit, _reason(error)

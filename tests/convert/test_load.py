@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastseg import convert, models
+from fastseg.convert.load import fit, thin
 from fastseg.models.common import BilinearUpsample2d
+from fastseg.predict import Predictor
 
 from .layouts import Source
 from .test_caffe import TINY, deeplabv1, vgg16_fc
@@ -36,6 +38,21 @@ def test_files(tmp_path, suffix):
     assert str(report) == f"deeplabv1_caffe: {len(source)} tensors loaded"
 
 
+def test_predictor_normalises_as_the_layout_wants(tmp_path):
+    torch.save(deeplab_source(), tmp_path / "net.pth")
+    predictor = Predictor(models.deeplabv1_largefov_vgg16(**TINY), weights=tmp_path / "net.pth")
+    assert predictor.card.mean == pytest.approx((122.679 / 255, 116.669 / 255, 104.007 / 255))
+    assert predictor.card.std == pytest.approx((1 / 255,) * 3)
+
+
+def test_what_does_not_fit_stays_as_it_is():
+    """One tap of 7 x 7 is no fc6, and a full upsampling kernel has no diagonal form."""
+    fc6 = torch.randn(4, 4, 7, 7)
+    assert thin(fc6, (4, 4, 1, 1)) is fc6
+    name, full = "head.deconv.weight", torch.ones(2, 2, 4, 4)
+    assert fit({name: full}, {name: torch.ones(2, 1, 4, 4)}, False)[name] is full
+
+
 class Payload:
     def __reduce__(self):
         return print, ("code of the file ran",)
@@ -44,7 +61,7 @@ class Payload:
 def test_code_in_a_file_does_not_run(tmp_path, capsys):
     path = tmp_path / "net.pth"
     torch.save({"state_dict": Payload()}, path)
-    with pytest.raises(ValueError, match=r"must hold tensors and plain containers only"):
+    with pytest.raises(ValueError, match=r"must hold tensors and plain .* but holds print; where"):
         convert.read(path)
     path.write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match=r"must hold tensors and plain containers only"):
@@ -60,6 +77,12 @@ def test_bad_files(tmp_path):
         convert.read(tmp_path / "net.safetensors")
     with pytest.raises(FileNotFoundError):
         convert.read(tmp_path / "absent.pth")
+    torch.save({"weight": torch.ones(99)}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for content in (b"", b"nothing of the kind", whole[:300]):
+        (tmp_path / "net.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"net\.pth must be a complete file of torch\.save"):
+            convert.read(tmp_path / "net.pth")
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"must map names to tensors.* got list"):
         convert.read(tmp_path / "list.pth")

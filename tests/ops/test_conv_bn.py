@@ -290,6 +290,7 @@ def test_errors():
         "must be given unless training": {"m": None},
         "residual must be": {"r": torch.zeros(2, 6, 3, 4)},
         "kernel must fit into the padded input": {"dilation": 3, "training": True},
+        "kernel must fit into the padded input, got": {"dilation": 3, "training": False},
         "more than 1 value per channel": {"x": x[:1, :, :3, :3], "training": True},
     }.items():
         with pytest.raises(ValueError, match=message):

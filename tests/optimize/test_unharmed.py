@@ -443,6 +443,35 @@ def test_copies_pickles_and_threads():
                 assert torch.equal(y, expected)
 
 
+class Annotated(Net):
+    def forward(self, x: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        return {"out": super().forward(x)}
+
+
+def test_annotated_networks_are_pickled():
+    fast, x = fastseg.optimize(randomise(Annotated())), torch.randn(1, 8, 9, 6)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x)["out"], fast(x)["out"])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_batch_norm_behind_a_transposed_convolution(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2, groups=groups), nn.BatchNorm2d(8))
+    fast = check(randomise(model), torch.randn(1, 8, 5, 6))
+    assert ("its batch norm folded in" in fastseg.explain(fast)) == (groups == 1)
+
+
+def test_no_gradients_of_what_is_left_to_torch():
+    """A transposed convolution stays torch's; a caller may forget torch.no_grad()."""
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3)).eval()
+    fast, x = fastseg.optimize(model), torch.randn(1, 3, 9, 6)
+    y = fast(x)
+    assert not y.requires_grad
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"no gradients, call it under torch\.no_grad"):
+        fast(x.requires_grad_())
+
+
 def test_threads_that_optimise_and_run():
     """``torch.fx`` patches nn.Module while it traces; other threads must not notice."""
     model, x = randomise(nn.Sequential(*(block() for _ in range(8)))), torch.randn(1, 8, 9, 9)
