@@ -9,6 +9,8 @@ from fastseg.nn import ConvBNReLU2d
 from fastseg.ops import conv_bn_act, conv_bn_act_reference
 from fastseg.ops.conv_train import train_conv2d, training_tile
 
+pytestmark = pytest.mark.usefixtures("not_emulated")
+
 LAST = torch.channels_last
 ONE = (1, 1)
 

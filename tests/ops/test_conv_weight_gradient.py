@@ -8,6 +8,8 @@ import fastseg
 from fastseg.nn import ConvBNReLU2d
 from fastseg.ops.conv_act import channel_sums
 
+pytestmark = pytest.mark.usefixtures("not_emulated")
+
 LAST = torch.channels_last
 CASES = [  # N, C, H, W, K, kernel, stride, padding, dilation
     (2, 5, 9, 8, 37, (3, 3), (1, 1), (1, 1), (1, 1)),
