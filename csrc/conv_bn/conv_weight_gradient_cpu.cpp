@@ -27,7 +27,6 @@
 #include "common/counters.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "common/workspace.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/winograd.h"
 
@@ -85,6 +84,20 @@ struct WeightGradient {
 
 struct PackBuffer;  // names scratch memory
 
+// An array that goes back to the allocator: the gradient of the input, which comes next, finds its
+// memory there. From the pool of workspaces 19 MB more would stay, with 256 channels.
+template <typename Sum>
+class Array {
+ public:
+  explicit Array(int64_t n)
+      : tensor_(torch::stable::empty(
+            {&n, 1}, std::is_same_v<Sum, double> ? ScalarType::Double : ScalarType::Float)) {}
+  Sum* data() const { return static_cast<Sum*>(tensor_.mutable_data_ptr()); }
+
+ private:
+  Tensor tensor_;
+};
+
 template <typename T>
 void run_direct(WeightGradient<T> g) {
   using Sum = typename Accumulate<T>::type;
@@ -105,7 +118,7 @@ void run_direct(WeightGradient<T> g) {
   const int64_t parts = g.run > 1 ? 1
                                   : std::clamp<int64_t>(ceil_div(8 * threads, units), 1,
                                                         ceil_div(g.rows(), 4 * kMaxRows));
-  const Workspace<Sum> sums(g.slabs * g.sums());
+  const Array<Sum> sums(g.slabs * g.sums());
   const int64_t a_size = kPiece * g.a_step(ceil_div(g.rows(), parts));
   const auto tasks = [&](int phase) {
     return phase == 0 ? units * parts : g.planes * ceil_div(g.rows(), kFinishedRows);
@@ -135,7 +148,7 @@ void run_winograd(WeightGradient<float> g) {
   g.chunk = std::min(kChunk, g.positions);
   g.a_plane = g.chunk * g.a_step(g.C) + kGroup;
   g.b_plane = g.chunk * g.panels() * kPanel + kGroup;
-  const Workspace<float> a(g.planes * g.a_plane), b(g.planes * g.b_plane), sums(g.sums());
+  const Array<float> a(g.planes * g.a_plane), b(g.planes * g.b_plane), sums(g.sums());
   const std::vector<float> zeros(round_up(std::max(g.C, g.K), kGroup));
 
   const int64_t chunks = ceil_div(g.positions, g.chunk), units = g.planes * g.panels();
