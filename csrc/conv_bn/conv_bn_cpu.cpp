@@ -23,6 +23,7 @@
 #include "common/layout.h"
 #include "common/parallel.h"
 #include "conv_bn/conv_bn.h"
+#include "conv_bn/conv_weight_gradient.h"
 
 namespace fastseg {
 namespace {
@@ -436,8 +437,15 @@ std::tuple<Tensor, Tensor> conv_backward_cpu(const Tensor& dy, const Tensor& x,
                                              int64_t groups, bool need_x, bool need_weight,
                                              bool /* allow_tf32 */) {
   Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(x, {0});
+  // Of NCHW images torch's is faster: they would have to be converted.
+  const bool own_weight =
+      need_weight && groups == 1 && image_layout(dy) == MemoryFormat::ChannelsLast;
+  if (own_weight) {
+    dweight = conv_weight_gradient_cpu(dy, x, weight, stride, padding, dilation, false);
+  }
   torch_convolution_backward(dy, x, weight, stride, padding, dilation, groups,
-                             need_x ? &dx : nullptr, need_weight ? &dweight : nullptr);
+                             need_x ? &dx : nullptr,
+                             need_weight && !own_weight ? &dweight : nullptr);
   return {dx, dweight};
 }
 

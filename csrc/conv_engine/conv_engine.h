@@ -43,6 +43,7 @@ struct Image {
 // sums are float32. Images in bfloat16 work with both, float32 images with float32 alone.
 template <typename T, typename E>
 struct Convolution {
+  using Source = T;  // what x is stored as
   using Storage = T;
   using Operand = E;
   int64_t N, C, H, W;  // input

@@ -37,6 +37,11 @@ struct WinogradPoints<6, 3> {
   static constexpr double kPoints[] = {0.5, 1.0, 2.0};
 };
 
+// The gradient of the weights of F(4, 3).
+template <>
+struct WinogradPoints<3, 4> {
+  static constexpr double kPoints[] = {0.75, 1.5};
+};
 template <>
 struct WinogradPoints<5, 5> {
   static constexpr double kPoints[] = {0.25, 0.75, 1.25, 2.0};

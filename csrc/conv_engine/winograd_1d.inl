@@ -7,12 +7,12 @@
 //   lines: rows of a 1 x k, columns of a k x 1 convolution, counted over all images
 //   rows: (tile, line); where lines are few, a step takes several tiles at once
 //   packed weight: [panel of (group, output channel)][point][C, a whole number of lines][kPanel]
-//   V of a step: [point][C / kLine][rows][kLine]
+//   V of a step and a piece of C: [point][piece / kLine][rows][kLine]
 //   P (products): [point][tile][line][column], a ring of tiles
 
 template <class Conv>
 struct Winograd1dKernel {
-  using T = typename Conv::Storage;
+  using T = typename Conv::Source;
   using E = typename Conv::Operand;
 
   // Lines [begin, end) from the first tile to the last.
@@ -25,9 +25,10 @@ struct Winograd1dKernel {
     int64_t done = 0;  // output tiles
     for (int64_t t = s.first_tile; t < s.last_tile || done < s.tiles; t += s.step) {
       const int64_t stop = t + s.step < s.last_tile ? t + s.step : s.last_tile;
-      if (t < stop) {
-        transform_input(conv, s, begin, t, stop, zeros, v);
-        multiply(conv, s, t, stop, v, ring);
+      for (int64_t c = 0; t < stop && c < s.C; c += kPiece) {
+        const int64_t depth = s.C - c < kPiece ? s.C - c : kPiece;
+        transform_input(conv, s, begin, t, stop, c, depth, zeros, v);
+        multiply(conv, s, t, stop, c, depth, v, ring);
       }
       for (; done < s.tiles && (done + s.groups <= stop || stop >= s.last_tile); ++done) {
         transform_output(conv, s, begin, done, ring);
@@ -35,10 +36,16 @@ struct Winograd1dKernel {
     }
   }
 
-  // Floats of scratch memory that run() needs for so many lines.
+  // Floats of scratch memory that run() needs for so many lines or one less, of which a step may
+  // take more tiles.
   static int64_t scratch_size(const Conv& conv, int64_t lines) {
-    const Sizes s(conv, lines);
-    return s.v_size / kPerWord<E> + s.p_size + s.C + kLanes;
+    int64_t most = 0;
+    for (int64_t n = lines > 1 ? lines - 1 : 1; n <= lines; ++n) {
+      const Sizes s(conv, n);
+      const int64_t size = s.v_size / kPerWord<E> + s.p_size + s.C + kLanes;
+      if (size > most) most = size;
+    }
+    return most;
   }
 
   // Channels [first, first + kGroup) of the weights (K, C, taps) to their packed form, padding
@@ -80,8 +87,10 @@ struct Winograd1dKernel {
  private:
   using Scheme = Winograd<5, 5>;
   static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
-  // Rows of a step: the weights are read once for so many.
-  static constexpr int64_t kStepRows = 42;
+  // Rows of a step: the weights are read once for so many. With the channels of a piece their V
+  // leaves room for weights and products in L2. The pieces are the same for any number of lines,
+  // and so are the sums.
+  static constexpr int64_t kStepRows = 84, kPiece = 256;
 
   struct Sizes {
     bool vertical;
@@ -108,7 +117,7 @@ struct Winograd1dKernel {
       if (step > last_tile - first_tile) step = last_tile - first_tile;
       if (step < 1) step = 1;
       slots = round_up(groups - 1 + step, step);  // so that the tiles of a step are neighbours
-      v_point = C * lines * step + kLine<E>;
+      v_point = (C < kPiece ? C : kPiece) * lines * step + kLine<E>;
       v_size = kProducts * v_point;
       p_point = slots * lines * columns + kGroup;
       p_size = kProducts * p_point;
@@ -119,9 +128,10 @@ struct Winograd1dKernel {
     int64_t slot(int64_t t) const { return (t - first_tile) % slots * lines * columns; }
   };
 
-  // Tiles [t, stop) of every line to V, block by block of rows of the register tile.
+  // Channels [c_begin, c_begin + depth) of tiles [t, stop) of every line to V, block by block of
+  // rows of the register tile.
   static void transform_input(const Conv& conv, const Sizes& s, int64_t begin, int64_t t,
-                              int64_t stop, const T* zeros, E* v) {
+                              int64_t stop, int64_t c_begin, int64_t depth, const T* zeros, E* v) {
     const int64_t across = s.vertical ? conv.W : conv.H;
     const int64_t next = s.vertical ? conv.x.row : conv.x.pixel;  // along the line
     const int64_t total = (stop - t) * s.lines, blocks = ceil_div(total, kRows);
@@ -137,8 +147,8 @@ struct Winograd1dKernel {
           const int64_t at = tile * kOut + j - s.pad;
           src[j] = at < 0 || at >= s.length ? zeros : start + at * next;
         }
-        E* dst = v + first * s.C + r * kLine<E>;
-        for (int64_t c = 0; c < s.C; c += kLine<E>, dst += rows * kLine<E>) {
+        E* dst = v + first * depth + r * kLine<E>;
+        for (int64_t c = c_begin; c < c_begin + depth; c += kLine<E>, dst += rows * kLine<E>) {
           for (int64_t l = 0; l < kLine<E>; l += kLanes) {
             Vec d[kIn], products[kProducts];
             if (c + l + kLanes <= conv.C) {
@@ -157,10 +167,12 @@ struct Winograd1dKernel {
     }
   }
 
-  // The products of tiles [t, stop) with the groups that meet them.
-  static void multiply(const Conv& conv, const Sizes& s, int64_t t, int64_t stop, const E* v,
-                       float* ring) {
+  // The products of channels [c, c + depth) of tiles [t, stop) with the groups that meet them. The
+  // blocks share the fetching of the next point's weights.
+  static void multiply(const Conv& conv, const Sizes& s, int64_t t, int64_t stop, int64_t c,
+                       int64_t depth, const E* v, float* ring) {
     const int64_t total = (stop - t) * s.lines, blocks = ceil_div(total, kRows);
+    const int64_t steps = ceil_div(kGroup, blocks);
     for (int64_t panel = 0; panel < s.panels; ++panel) {
       // Group g of tile t belongs to output tile t - g.
       const int64_t left = s.groups * conv.K - panel * kPanel;
@@ -168,13 +180,18 @@ struct Winograd1dKernel {
       const int64_t last_group = (panel * kPanel + (left < kPanel ? left : kPanel) - 1) / conv.K;
       if (stop - 1 < first_group || t - last_group >= s.tiles) continue;
       for (int64_t point = 0; point < kProducts; ++point) {
-        const E* b = conv.weight + (panel * kProducts + point) * s.C * kPanel;
+        const E* b = conv.weight + ((panel * kProducts + point) * s.C + c) * kPanel;
+        int64_t fetched = 0;
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t first = part_begin(total, blocks, i);
           const int64_t rows = part_begin(total, blocks, i + 1) - first;
           float* out = ring + point * s.p_point + s.slot(t) + first * s.columns + panel * kPanel;
-          gemm_tile(rows, left < kPanel ? left : kPanel, v + point * s.v_point + first * s.C, b,
-                    s.C, StoreTile{out, false, s.columns});
+          const int64_t open = kGroup - fetched;
+          const Ahead<E> ahead{b + (s.C + fetched * depth / kGroup) * kPanel,
+                               steps < open ? steps : open};
+          fetched += ahead.steps;
+          gemm_tile(rows, left < kPanel ? left : kPanel, v + point * s.v_point + first * depth, b,
+                    ahead, depth, StoreTile{out, c > 0, s.columns});
         }
       }
     }

@@ -39,6 +39,12 @@ struct PackedBuffer;
 
 enum Stage { kL1, kL2, kR1, kR2 };
 using Conv = Convolution<float, float>;
+// A first stage: the image is widened as it is read.
+template <typename T>
+struct FirstConv : Conv {
+  using Source = T;
+  Image<const T> x;
+};
 
 constexpr bool kVertical[] = {true, false, false, true};
 
@@ -89,23 +95,21 @@ Image<const float> readable(const Image<float>& image) {
   return {image.data, image.batch, image.row, image.pixel};
 }
 
-// Lines of the convolutions, in tasks.
-template <size_t kCount>
-void run_lines(const std::array<Conv, kCount>& convs) {
+// Lines of the convolutions, in tasks: each of them reads all weights of its convolution.
+template <class C, size_t kCount>
+void run_lines(const std::array<C, kCount>& convs) {
   constexpr int64_t kTaskLines = 42;  // three register tiles, as in the engine
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = ceil_div(torch::stable::get_num_threads(), int64_t{kCount});
   std::array<int64_t, kCount> lines, parts;
   int64_t tasks = 0, floats = 0;
   for (size_t i = 0; i < kCount; ++i) {
     lines[i] = convs[i].N * (convs[i].S == 1 ? convs[i].W : convs[i].H);
-    parts[i] = std::min(lines[i], round_up(ceil_div(lines[i], kTaskLines), threads));
+    parts[i] = std::min(lines[i], round_up(ceil_div(lines[i], kTaskLines), share));
     tasks += parts[i];
-    for (int64_t size : {lines[i] / parts[i], ceil_div(lines[i], parts[i])}) {
-      floats =
-          std::max(floats, FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::scratch_size)(convs[i], size));
-    }
+    floats = std::max(floats, FASTSEG_ISA_CALL(Winograd1dKernel<C>::scratch_size)(
+                                  convs[i], ceil_div(lines[i], parts[i])));
   }
-  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::run);
+  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel<C>::run);
   parallel_tasks(tasks, [&](int64_t task) {
     size_t i = 0;
     for (; task >= parts[i]; ++i) task -= parts[i];
@@ -115,7 +119,8 @@ void run_lines(const std::array<Conv, kCount>& convs) {
 }
 
 // x, y and what is between, l and r (dense; null where nobody wants it), for all images.
-void forward(const GlobalConv& g, Image<const float> x, const float* packed, float* l, float* r,
+template <typename T>
+void forward(const GlobalConv& g, Image<const T> x, const float* packed, float* l, float* r,
              float* y) {
   const Packing packing(g);
   const int64_t size = g.H * g.W * g.K, reach = g.reach();
@@ -127,9 +132,9 @@ void forward(const GlobalConv& g, Image<const float> x, const float* packed, flo
     const auto mid_r =
         dense_image(r != nullptr ? r + n * size : between + images * size, g.H, g.W, g.K);
     const auto out = dense_image(y + n * size, g.H, g.W, g.K);
-    const auto conv = [&](Stage stage, Image<const float> from, int64_t channels, Image<float> to) {
+    const auto conv = [&](auto kind, Stage stage, auto from, int64_t channels, Image<float> to) {
       const bool vertical = kVertical[stage];
-      Conv c{};
+      decltype(kind) c{};
       c.N = count, c.C = channels, c.K = g.K;
       c.H = c.Ho = g.H, c.W = c.Wo = g.W;
       c.R = vertical ? g.taps : 1, c.S = vertical ? 1 : g.taps;
@@ -139,24 +144,34 @@ void forward(const GlobalConv& g, Image<const float> x, const float* packed, flo
       c.weight = packed + packing.weight[stage], c.bias = packed + packing.bias[stage];
       return c;
     };
-    const Image<const float> in{x.at(n, 0, 0), x.batch, x.row, x.pixel};
-    run_lines(std::array{conv(kL1, in, g.C, mid_l), conv(kR1, in, g.C, mid_r)});
-    run_lines(std::array{conv(kL2, readable(mid_l), g.K, out)});
-    Conv last = conv(kR2, readable(mid_r), g.K, out);
+    const Image<const T> in{x.at(n, 0, 0), x.batch, x.row, x.pixel};
+    const FirstConv<T> first{};
+    run_lines(std::array{conv(first, kL1, in, g.C, mid_l), conv(first, kR1, in, g.C, mid_r)});
+    const Conv second{};
+    run_lines(std::array{conv(second, kL2, readable(mid_l), g.K, out)});
+    Conv last = conv(second, kR2, readable(mid_r), g.K, out);
     last.residual = readable(out);
     run_lines(std::array{last});
   }
 }
 
-// x as float32 with neighbouring channels.
-Tensor float_image(const Tensor& x) {
-  const Tensor wide = torch::stable::to(x, ScalarType::Float);
-  if (wide.stride(1) == 1 || wide.size(1) == 1) return wide;
-  return torch::stable::contiguous(wide, MemoryFormat::ChannelsLast);
-}
-
-Image<const float> image_of(const Tensor& x) {
-  return {x.const_data_ptr<float>(), x.stride(0), x.stride(2), x.stride(3)};
+// forward() of x as it is or, where the kernels do not read that, as a channels-last copy; float16
+// as float32.
+void forward(const GlobalConv& g, const Tensor& x, const float* packed, float* l, float* r,
+             float* y) {
+  FASTSEG_COUNT("gcn_conv.winograd_1d");
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  Tensor image = half ? x : torch::stable::to(x, ScalarType::Float);
+  if (image.stride(1) != 1 && image.size(1) != 1) {
+    image = torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+  }
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    const Image<const T> pixels{image.const_data_ptr<T>(), image.stride(0), image.stride(2),
+                                image.stride(3)};
+    forward(g, pixels, packed, l, r, y);
+  };
+  half ? run(BFloat16{}) : run(float{});
 }
 
 Tensor empty_output(const Tensor& x, const GlobalConv& g, ScalarType dtype) {
@@ -192,11 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> gcn_conv_cpu(const Tensor& x, const Tensor& l
   const Tensor y = empty_output(x, g, ScalarType::Float), l = empty_output(x, g, ScalarType::Float),
                r = empty_output(x, g, ScalarType::Float);
   if (y.numel() > 0) {
-    FASTSEG_COUNT("gcn_conv.winograd_1d");
-    const Tensor in = float_image(x);
     float* packed = scratch<PackedBuffer>(Packing(g).size);
     pack(g, weights, biases, packed);
-    forward(g, image_of(in), packed, l.mutable_data_ptr<float>(), r.mutable_data_ptr<float>(),
+    forward(g, x, packed, l.mutable_data_ptr<float>(), r.mutable_data_ptr<float>(),
             y.mutable_data_ptr<float>());
   }
   return {torch::stable::to(y, x.scalar_type()), l, r};
@@ -225,10 +238,7 @@ Tensor gcn_conv_packed_cpu(const Tensor& x, const Tensor& packed, int64_t out_ch
                 "global_conv2d: weights were packed for another layer");
   const Tensor y = empty_output(x, g, ScalarType::Float);
   if (y.numel() > 0) {
-    FASTSEG_COUNT("gcn_conv.winograd_1d");
-    const Tensor in = float_image(x);
-    forward(g, image_of(in), packed.const_data_ptr<float>(), nullptr, nullptr,
-            y.mutable_data_ptr<float>());
+    forward(g, x, packed.const_data_ptr<float>(), nullptr, nullptr, y.mutable_data_ptr<float>());
   }
   return torch::stable::to(y, x.scalar_type());
 }

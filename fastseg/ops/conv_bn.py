@@ -7,7 +7,7 @@ from torch import Tensor
 from . import conv_bn_autograd as _autograd  # noqa: F401  registers fakes and gradients
 from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from .conv_act import conv_with_epilogue, fold_bn
-from .winograd_conv import training_tile, winograd_conv2d
+from .conv_train import train_conv2d, training_tile
 
 
 def conv_bn_act(
@@ -52,8 +52,8 @@ def conv_bn_act(
         activation: "relu", "leaky_relu" or "none".
         negative_slope: of "leaky_relu", at least 0.
         accuracy: "default" lets training on the CPU in float32 use Winograd's F(4, 3) for 3x3
-            kernels of channels-last input, with an error of at most 1e-5 of the largest value in
-            the convolution and its gradients; "strict" always takes torch's convolution.
+            kernels, with an error of at most 1e-5 of the largest value in the convolution and its
+            gradients; "strict" takes what rounds no more than torch's convolution.
 
     Returns:
         (N, C, H', W') in the dtype and memory format that conv2d gives. Differentiable in ``x``,
@@ -62,8 +62,10 @@ def conv_bn_act(
         float64 inputs). On CUDA, float32 may be computed in TF32 where
         ``torch.backends.cudnn.allow_tf32`` is set, and channels-last inputs get our convolution
         where it is expected to be faster than cuDNN's.
-        On the CPU the gradient of ``weight`` and, where no Winograd convolution is used, all that
-        torch's convolution computes may have other bits with another number of threads.
+        On the CPU training in float32 with one group gives the same bits for any number of
+        threads, gradients included, in channels-last memory or where Winograd's form is used.
+        Otherwise what torch's convolution computes may not: the convolution and the gradient of
+        ``x``, and except for one group in channels-last memory that of ``weight``.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit together, or one value per channel in
@@ -106,8 +108,8 @@ def conv_bn_act(
         return F.conv2d(x, weight, bias, *geometry, groups)
     slope = slope_of(activation, negative_slope)
     tile = training_tile(x, weight, *geometry, groups, accuracy)
-    if tile:
-        y = winograd_conv2d(x, weight, bias, *geometry[1:], tile)
+    if tile is not None:
+        y = train_conv2d(x, weight, bias, *geometry, tile)
         z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
     else:
         z, _, mean, var = torch.ops.fastseg.conv_bn_act(

@@ -236,6 +236,20 @@ def pack_conv(
     )
 
 
+def pack_matrix(matrix: Tensor) -> PackedConv:
+    """``pack_conv(matrix.T[..., None, None])``, a product of pixels and (C, K) float32, without a
+    transposed copy."""
+    C, K = matrix.shape
+    depth, columns = _round_up(C, 16), _round_up(K, 32)
+    packed = matrix.new_zeros((depth + 1) * columns)  # the bias behind the weights
+    panels = packed[: depth * columns].view(-1, depth, 32)
+    whole = K - K % 32
+    panels[: whole // 32, :C].copy_(matrix[:, :whole].view(C, whole // 32, 32).transpose(0, 1))
+    if whole < K:
+        panels[-1, :C, : K - whole].copy_(matrix[:, whole:])
+    return PackedConv(packed, C, K, (1, 1), (1, 1), (0, 0), (1, 1), 0, "none", 0.0)
+
+
 def conv_engine(
     x: Tensor, conv: PackedConv, residual: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:

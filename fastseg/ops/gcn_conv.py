@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conv_act import channel_sums
+from .conv_engine import choose_tile, conv_engine, pack_conv, pack_matrix
+
 # Values of the tap form that the backward makes at a time: they stay in the cache of a CPU; four
 # times as many in that of a GPU.
 CHUNK = 2 * 1024 * 1024
@@ -32,8 +35,8 @@ def global_conv2d(
     1e-5 of the largest output against float64 (see ``fastseg.ops.conv_engine``), the same bits for
     any number of threads. float64 runs as torch's convolutions. On CUDA both first convolutions are
     one matrix product of torch, in TF32 if ``torch.backends.cuda.matmul`` allows it, and the rest
-    is one kernel. Gradients are torch's matrix products: the same bits at every call, but not for
-    every number of threads.
+    is one kernel. The CPU's gradients have the same bits for any number of threads, too, but for
+    float64; those of CUDA are torch's matrix products, the same bits at every call.
 
     Args:
         x: (N, C, H, W), float32, float64, bfloat16 or float16, best in channels-last memory.
@@ -219,7 +222,69 @@ def _gcn_conv_backward(
     dy: Tensor, x: Tensor, left: Tensor, right: Tensor,
     l1: Tensor, l2: Tensor, r1: Tensor, r2: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, l1, l2, r1 and r2, then of the biases of l1, l2 (and r2) and r1.
+    """Gradients of x, l1, l2, r1 and r2, then of the biases of l1, l2 (and r2) and r1."""
+    backward = _engine_backward if _served(x) and x.numel() > 0 else _product_backward
+    return backward(dy, x, left, right, l1, l2, r1, r2)
+
+
+def _served(x: Tensor) -> bool:
+    """Whether the kernels of the CPU compute the gradients."""
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
+def _engine_backward(
+    dy: Tensor, x: Tensor, left: Tensor, right: Tensor,
+    l1: Tensor, l2: Tensor, r1: Tensor, r2: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """By the convolution engine, in float32; the same bits for any number of threads.
+
+    The second stage is turned round by Winograd's algorithm like any convolution. To the many
+    channels of x its transforms would cost more than they save: there the gradients are expanded,
+    some rows of the image at a time, so that both branches are one product and dx is written once.
+    """
+    N, C, H, W = x.shape
+    K, k = l1.shape[0], l1.shape[2]
+    dy, x_wide = (t.float().contiguous(memory_format=torch.channels_last) for t in (dy, x))
+
+    def turned(weight: Tensor) -> Tensor:
+        kernel = weight.shape[2:]
+        tile = choose_tile(K, K, kernel, (H, W), padding=[n // 2 for n in kernel])
+        back = weight.float().flip(2, 3).transpose(0, 1)
+        return conv_engine(dy, pack_conv(back, padding=(kernel[0] // 2, kernel[1] // 2), tile=tile))
+
+    def gradient(of: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+        padding = [n // 2 for n in weight.shape[2:]]
+        wide = torch.ops.fastseg.conv_weight_gradient(
+            of, source, weight.float(), [1, 1], padding, [1, 1]
+        )
+        return wide.to(weight.dtype)
+
+    dleft, dright = turned(l2), turned(r2)
+    dx = x_wide.new_empty(N * H * W, C)
+    first = torch.cat([_taps(l1), _taps(r1)]).float()
+    columns = first.shape[0]
+    product = pack_matrix(first)
+    rows = max(1, CHUNK // max(1, W * columns))
+    for begin in range(0, N * H, rows):
+        end = min(begin + rows, N * H)
+        expanded = torch.ops.fastseg.gcn_expand(dleft, dright, k, begin, end)
+        pixels = expanded.view(1, 1, -1, columns).permute(0, 3, 1, 2)
+        conv_engine(pixels, product, out=_image(dx[begin * W : end * W], pixels))
+    return [
+        _image(dx, x).to(x.dtype),
+        gradient(dleft, x_wide, l1),
+        gradient(dy, left, l2),
+        gradient(dright, x_wide, r1),
+        gradient(dy, right, r2),
+        *(channel_sums(t).to(x.dtype) for t in (dleft, dy, dright)),
+    ]
+
+
+def _product_backward(
+    dy: Tensor, x: Tensor, left: Tensor, right: Tensor,
+    l1: Tensor, l2: Tensor, r1: Tensor, r2: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """By matrix products of torch.
 
     A stage in tap form is ``P = X W`` and a sum of shifted columns of P, so dP is an expansion of
     the gradient, dX = dP W^T and dW = X^T dP. Expanded are some rows of the image at a time.

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from fastseg.ops import conv_bn
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_emulation"  # objects by content: a second run compiles nothing
@@ -200,7 +202,10 @@ def emulated_ops() -> Iterator[Emulator]:
     for name in emulator.ops:
         kernel = getattr(torch.ops.fastseg_emulated, name).default
         library.impl(name, kernel, "CPU", allow_override=True)
+    training_tile = conv_bn.training_tile
+    conv_bn.training_tile = lambda *_: None  # as on CUDA: no training by the CPU's engine
     try:
         yield emulator
     finally:
+        conv_bn.training_tile = training_tile
         library._destroy()

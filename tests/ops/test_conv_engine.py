@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastseg.ops.conv_engine import choose_tile, conv_engine, conv_engine_reference, pack_conv
+from fastseg.ops.conv_engine import (
+    choose_tile,
+    conv_engine,
+    conv_engine_reference,
+    pack_conv,
+    pack_matrix,
+)
 from tests.conftest import assert_as_accurate
 
 # Largest error over largest output that the accuracy policy allows, unit-variance data.
@@ -367,3 +373,9 @@ def test_few_output_channels(shape, dtype, cpu_isa, threads):
         assert torch.allclose(results[0].double(), exact, rtol=2**-8, atol=1e-5 * exact.abs().max())
     else:
         assert relative_error(results[0], exact) <= ALLOWED[0]
+
+
+def test_pack_matrix():
+    for C, K in ((5, 40), (16, 64), (33, 7)):
+        matrix = torch.randn(C, K)
+        assert torch.equal(pack_matrix(matrix).packed, pack_conv(matrix.T[..., None, None]).packed)

@@ -45,6 +45,11 @@ def exact(x, weights):
     return global_conv2d_reference(x.double(), *(w.double() for w in weights))
 
 
+def flat(case):
+    x, weights = case
+    return [x, *weights]
+
+
 def relative_error(y, expected):
     return ((y.double() - expected).abs().max() / expected.abs().max()).item()
 
@@ -99,6 +104,7 @@ def test_layouts(device):
 def test_gradients(shape, dtype, narrow, device, monkeypatch):
     monkeypatch.setattr("fastseg.ops.gcn_conv.CHUNK", 20_000)  # several chunks, a ragged last one
     if narrow:  # as on CUDA
+        monkeypatch.setattr("fastseg.ops.gcn_conv._served", lambda x: False)
         monkeypatch.setattr("fastseg.ops.gcn_conv._product_dtype", lambda x: x.dtype)
     x, weights = case(shape, dtype, device)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -162,12 +168,17 @@ def test_packed(cpu_isa, not_emulated):
     assert_as_accurate(y, global_conv2d(half.float(), *weights).bfloat16(), exact(half, weights))
 
 
-def test_same_bits_with_any_thread_count(threads):
-    x, weights = case((1, 48, 45, 33, 21, 15))
-    threads(1)
-    one = global_conv2d(x, *weights)
-    threads(2)
-    assert torch.equal(global_conv2d(x, *weights), one)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_with_any_thread_count(dtype, threads):
+    inputs = [t.to(dtype).requires_grad_() for t in flat(case((2, 48, 45, 33, 21, 15)))]
+    grad = torch.randn(2, 21, 45, 33).to(dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        y = global_conv2d(*inputs)
+        results.append((y, *torch.autograd.grad(y, inputs, grad)))
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_autocast(device):

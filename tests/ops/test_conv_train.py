@@ -1,4 +1,4 @@
-"""Training with Winograd's convolution on the CPU, against float64."""
+"""Training with the convolution engine on the CPU, against float64."""
 
 import pytest
 import torch
@@ -7,9 +7,12 @@ from torch.library import opcheck
 import fastseg
 from fastseg.nn import ConvBNReLU2d
 from fastseg.ops import conv_bn_act, conv_bn_act_reference
-from fastseg.ops.winograd_conv import training_tile, winograd_conv2d
+from fastseg.ops.conv_train import train_conv2d, training_tile
+
+pytestmark = pytest.mark.usefixtures("not_emulated")
 
 LAST = torch.channels_last
+ONE = (1, 1)
 
 
 def case(N, C, H, W, K, padding, dilation):
@@ -36,7 +39,7 @@ def test_convolution_and_gradients(shape, cpu_isa):
     assert tile in (2, 3, 4)
     bias = torch.randn(weight.shape[0])
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = winograd_conv2d(*inputs, *options.values(), tile)
+    y = train_conv2d(*inputs, ONE, *options.values(), tile)
     double = [t.detach().double().requires_grad_() for t in inputs]
     exact = torch.nn.functional.conv2d(*double, **options)
     grad = torch.randn_like(y)
@@ -83,55 +86,111 @@ def test_choice():
 
     assert tile() == 4
     assert tile(accuracy="strict") == 0
-    assert tile(x=x.contiguous()) == 0
-    assert tile(x=x.double()) == 0
-    assert tile(x=x.bfloat16()) == 0
+    assert tile(x=x.contiguous(), accuracy="strict") is None
+    assert tile(x=x.contiguous()) == 4
+    assert tile(x=x.double()) is None
+    assert tile(x=x.bfloat16()) is None
+    assert tile(groups=2) is None
     assert tile(x=x[..., :8, :8]) == 0  # transforming the weights would take longer
     assert tile(weight=weight[:16]) == 0
     assert tile(weight=weight[..., :1, :1]) == 0
     assert tile(stride=(2, 2)) == 0
     assert tile(padding=(3, 1)) == 0
-    assert tile(groups=2) == 0
 
 
-def test_strict_is_torch():
+def test_strict():
     torch.manual_seed(0)
     x = torch.randn(1, 32, 40, 40).contiguous(memory_format=LAST)
     layer = ConvBNReLU2d(32, 32, 3, padding=1, accuracy="strict")
     fastseg._C.reset_kernel_counts()
     layer(x).sum().backward()
-    assert fastseg._C.kernel_counts().get("conv_engine.winograd", 0) == 0
+    counts = fastseg._C.kernel_counts()
+    assert not any(count for name, count in counts.items() if "winograd" in name)
     layer.accuracy = "best"
     with pytest.raises(ValueError, match='accuracy must be "default" or "strict", got \'best\''):
         layer(x)
 
 
+PRODUCTS = [  # C, K, size, kernel, stride, padding, dilation
+    (5, 37, (9, 8), (3, 3), (2, 2), (1, 1), (1, 1)),
+    (3, 16, (31, 30), (7, 7), (2, 2), (3, 3), (1, 1)),
+    (40, 4, (20, 21), (1, 1), (2, 3), (0, 0), (1, 1)),  # input pixels that meet no tap
+    (8, 9, (17, 16), (1, 5), (1, 3), (0, 6), (1, 2)),
+    (6, 7, (23, 25), (3, 4), (4, 6), (2, 3), (6, 4)),  # stride and dilation with a common factor
+    (2, 3, (6, 5), (2, 3), (1, 1), (5, 7), (1, 1)),  # more padding than the kernel can use
+    (12, 20, (14, 15), (1, 1), (1, 1), (0, 0), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_matrix_product(shape, layout):
+    C, K, size, kernel, *geometry = shape
+    x = torch.randn(2, C, *size).contiguous(memory_format=layout)
+    weight = torch.randn(K, C, *kernel) / (C * kernel[0] * kernel[1]) ** 0.5
+    inputs = [t.requires_grad_() for t in (x, weight, torch.randn(K))]
+    tile = training_tile(x, weight, *geometry, 1, "default")
+    assert tile == (0 if layout == LAST else None)
+    y = train_conv2d(*inputs, *geometry, 0)
+    double = [t.detach().double().requires_grad_() for t in inputs]
+    exact = torch.nn.functional.conv2d(*double, *geometry)
+    grad = torch.randn_like(y)
+    grads = torch.autograd.grad(y, inputs, grad)
+    exact_grads = torch.autograd.grad(exact, double, grad.double())
+    plain = torch.nn.functional.conv2d(*inputs, *geometry)
+    assert y.stride() == plain.stride()
+    for got, right in zip((y, *grads), (exact, *exact_grads), strict=True):
+        assert got.shape == right.shape
+        assert (got - right).abs().max() <= 2e-6 * right.abs().max()
+
+
 def test_some_gradients():
     x, weight, options = case(1, 32, 33, 32, 32, (1, 1), (1, 1))
-    y = winograd_conv2d(x, weight.requires_grad_(), None, *options.values(), 4)
+    y = train_conv2d(x, weight.requires_grad_(), None, ONE, *options.values(), 4)
     y.sum().backward()
     assert weight.grad is not None
     assert x.grad is None
 
 
-def test_same_bits_with_any_thread_count(threads):
-    x, weight, options = case(2, 64, 33, 32, 64, (2, 2), (2, 2))
+@pytest.mark.parametrize(
+    ("kernel", "stride", "layout", "tile"),
+    [
+        (3, 1, torch.contiguous_format, 4),
+        (3, 1, LAST, 4),
+        (3, 2, LAST, 0),
+        (1, 1, LAST, 0),
+        (5, 1, LAST, 0),
+    ],
+    ids=str,
+)
+def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads):
+    """Of everything that a step of a layer computes."""
+    layer = ConvBNReLU2d(40, 36, kernel, stride=stride, padding=kernel // 2, bias=True)
+    x = torch.randn(2, 40, 33, 32).contiguous(memory_format=layout).requires_grad_()
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    assert training_tile(x, layer.conv.weight, *geometry, 1, "default") == tile
+    residual = torch.randn_like(layer(x)).requires_grad_()
+    inputs = [x, residual, *layer.parameters()]
     results = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         threads(count)
-        x = x.detach().requires_grad_()
-        y = winograd_conv2d(x, weight, None, *options.values(), 4)
-        results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+        layer.bn.reset_running_stats()
+        z = layer(x, residual)
+        grads = torch.autograd.grad(z.square().sum(), inputs)
+        results.append((z, *grads, layer.bn.running_mean, layer.bn.running_var.clone()))
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_operator_registration():
     x, weight, _ = case(1, 32, 9, 8, 33, (1, 1), (1, 1))
     inputs = [t.requires_grad_() for t in (x, weight, torch.randn(33))]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (*inputs, [1, 1], [1, 1], 4)
-    opcheck(torch.ops.fastseg.winograd_conv.default, arguments, test_utils=tests)
+    arguments = (*inputs, [1, 1], [1, 1], [1, 1], 4)
+    opcheck(torch.ops.fastseg.train_conv.default, arguments, test_utils=tests)
+    strided = (torch.randn(1, 33, 5, 4), *inputs[:2], [2, 2], [1, 1], [1, 1], 0)
+    gradient = torch.ops.fastseg.train_conv_input_gradient.default
+    opcheck(gradient, strided, test_utils=("test_schema", "test_faketensor"))
     y = torch.randn(2, 33, 5, 6).contiguous(memory_format=LAST).requires_grad_()
     scale = torch.randn(33, requires_grad=True)
     opcheck(torch.ops.fastseg.bn_act_stats.default, (y, scale, None, None, 1e-5, 0.0))

@@ -1,0 +1,315 @@
+// Sums of outer products, and what packs their factors; compiled once per instruction set.
+// clang-format off: each builds on the ones before
+#include "common/convert.inl"
+#include "conv_engine/kernel_begin.inl"
+#include "conv_engine/winograd_transform.inl"
+// clang-format on
+
+// float64 beside the vectors of the engine.
+typedef double Vec64 __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef Vec64 UnalignedVec64 __attribute__((aligned(sizeof(double))));
+
+FASTSEG_INLINE Vec64 load(const double* p) { return *reinterpret_cast<const UnalignedVec64*>(p); }
+FASTSEG_INLINE void store(double* p, Vec64 v) { *reinterpret_cast<UnalignedVec64*>(p) = v; }
+FASTSEG_INLINE Vec64 broadcast(double a) { return a - Vec64{}; }
+FASTSEG_INLINE Vec64 multiply_add(Vec64 sum, Vec64 a, Vec64 b) { return sum + a * b; }
+
+template <typename S>
+constexpr int64_t kWidth = kLanes * sizeof(float) / sizeof(S);
+
+// sums[r][column] (+)= the sum of a[i * a_step + r] * b[i * kPanel + column] over i < depth.
+template <int R, int V, typename S>
+FASTSEG_INLINE void outer_registers(const S* a, int64_t a_step, const S* b, int64_t depth, S* sums,
+                                    int64_t row, bool add) {
+  using Vector = decltype(load(b));
+  Vector acc[R][V] = {};
+  for (int64_t i = 0; i < depth; ++i, a += a_step, b += kPanel) {
+    Vector panel[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) panel[v] = load(b + v * kWidth<S>);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const Vector scalar = broadcast(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], scalar, panel[v]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      S* to = sums + r * row + v * kWidth<S>;
+      store(to, add ? load(to) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <int V, int R, typename S>
+FASTSEG_INLINE void outer_rows(int64_t rows, const S* a, int64_t a_step, const S* b, int64_t depth,
+                               S* sums, int64_t row, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R) return outer_registers<R, V>(a, a_step, b, depth, sums, row, add);
+    outer_rows<V, R - 1>(rows, a, a_step, b, depth, sums, row, add);
+  }
+}
+
+// The same of `rows` rows and the wanted `columns` of a panel.
+template <typename S>
+static void outer_tiles(int64_t rows, int64_t columns, const S* a, int64_t a_step, const S* b,
+                        int64_t depth, S* sums, int64_t row, bool add) {
+  const int64_t blocks = ceil_div(rows, kRows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = part_begin(rows, blocks, i);
+    const int64_t count = part_begin(rows, blocks, i + 1) - first;
+    for (int64_t k = 0; k < columns; k += 2 * kWidth<S>) {
+      S* to = sums + first * row + k;
+      if (columns - k > kWidth<S>) {
+        outer_rows<2, kRows>(count, a + first, a_step, b + k, depth, to, row, add);
+      } else {
+        outer_rows<1, kRows>(count, a + first, a_step, b + k, depth, to, row, add);
+      }
+    }
+  }
+}
+
+template <typename T>
+struct WeightGradientKernel {
+  using S = typename Accumulate<T>::type;
+  using Gradient = WeightGradient<T>;
+
+  // Rows [begin, end) of a plane over one slab; a and b take a piece of it.
+  static void sum_slab(const Gradient& g, int64_t slab, int64_t plane, int64_t begin, int64_t end,
+                       S* a, S* b, S* sums) {
+    const int64_t first = slab * g.slab, rest = g.positions - first;
+    const int64_t last = first + (rest < g.slab ? rest : g.slab);
+    const int64_t step = g.a_step(end - begin), row = g.panels() * kPanel;
+    sums += slab * g.sums() + (plane * g.rows() + begin) * row;
+    for (int64_t p = first; p < last; p += kPiece) {
+      const int64_t count = last - p < kPiece ? last - p : kPiece;
+      pack_taps(g, plane, p, count, begin, end, a, step, b);
+      for (int64_t panel = 0; panel < g.panels(); ++panel) {
+        outer_tiles(end - begin, panel_columns(g, panel), a, step, b + panel * kPiece * kPanel,
+                    count, sums + panel * kPanel, row, p > first);
+      }
+    }
+  }
+
+  // Tiles [begin, begin + count) of the chunk that starts at `chunk`, of x or of dy, to the planes
+  // of their points.
+  static void pack_tiles(const Gradient& g, int64_t chunk, int64_t begin, int64_t count,
+                         const float* zeros, bool of_x, float* to) {
+    const auto corner = [&](int64_t tile) {
+      const int64_t in_x = g.tiles_x.count(0), in_y = g.tiles_y.count(0), row = tile / in_x;
+      const int64_t n = row / in_y;
+      return std::array{n, g.tiles_y.first(0, row - n * in_y),
+                        g.tiles_x.first(0, tile - row * in_x)};
+    };
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const auto [n, y, x] = corner(chunk + i);
+      if (of_x) {
+        const float* src[kIn][kIn];
+        gather(g.x, g.H, g.W, n, y - g.pad_h, x - g.pad_w, g, zeros, src);
+        transform(src, g.C, to + i * g.a_step(g.C), g.a_plane, kPanel);
+      } else {
+        const float* src[kOut][kOut];
+        gather(g.dy, g.Ho, g.Wo, n, y, x, g, zeros, src);
+        transform(src, g.K, to + i * kPanel, g.b_plane, g.chunk * kPanel);
+      }
+    }
+  }
+
+  // Adds the products of `count` tiles to rows [begin, end), one panel of a plane.
+  static void multiply_tiles(const Gradient& g, int64_t plane, int64_t panel, int64_t begin,
+                             int64_t end, int64_t count, bool add, const S* a, const S* b,
+                             S* sums) {
+    const int64_t row = g.panels() * kPanel;
+    outer_tiles(end - begin, panel_columns(g, panel), a + plane * g.a_plane + begin, g.a_step(g.C),
+                b + plane * g.b_plane + panel * g.chunk * kPanel, count,
+                sums + (plane * g.C + begin) * row + panel * kPanel, row, add);
+  }
+
+  // Rows [begin, end) of a plane: adds the slabs, first to last, and writes the gradient.
+  static void finish_taps(const Gradient& g, int64_t plane, int64_t begin, int64_t end, S* sums) {
+    const int64_t width = g.panels() * kPanel, size = g.sums();
+    sums += (plane * g.rows() + begin) * width;
+    for (int64_t slab = 1; slab < g.slabs; ++slab) {
+      const S* more = sums + slab * size;
+      for (int64_t i = 0; i < (end - begin) * width; ++i) sums[i] += more[i];
+    }
+    const auto to = [&](int64_t r) {
+      const int64_t tap = plane * g.run + r / g.C;
+      return g.tap(tap / g.S, tap % g.S) + r % g.C * g.dw_c;
+    };
+    if (g.dw_k == 1) {
+      for (int64_t r = begin; r < end; ++r, sums += width) narrow(sums, to(r), g.K);
+      return;
+    }
+    T* rows[kFinishedRows];
+    for (int64_t r = begin; r < end; ++r) rows[r - begin] = to(r);
+    for (int64_t k = 0; k < g.K; ++k) {
+      for (int64_t r = 0; r < end - begin; ++r) {
+        rows[r][k * g.dw_k] = static_cast<T>(sums[r * width + k]);
+      }
+    }
+  }
+
+  // Channels [begin, end) of x: the sums of all points to the gradient.
+  static void finish_tiles(const Gradient& g, int64_t begin, int64_t end, const float* sums) {
+    float powers[3][kIn];  // of a point, over the norm of its weight transform
+    for (int i = 0; i < kIn; ++i) {
+      double row[kOut];
+      Scheme::weight_row(i, row);
+      const bool infinite = i == kIn - 1;
+      double power = infinite ? 1 : row[0];
+      for (int t = 0; t < 3; ++t, power *= Scheme::point(i)) {
+        powers[t][i] = static_cast<float>(infinite ? t == 2 : power);
+      }
+    }
+    const int64_t width = g.panels() * kPanel, plane = g.C * width;
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t k = 0; k < g.K; k += kLanes) {
+        Vec half[3][kIn];
+#pragma GCC unroll 8
+        for (int j = 0; j < kIn; ++j) {
+#pragma GCC unroll 4
+          for (int r = 0; r < 3; ++r) half[r][j] = Vec{};
+#pragma GCC unroll 8
+          for (int i = 0; i < kIn; ++i) {
+            const Vec m = load(sums + (i * kIn + j) * plane + c * width + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < 3; ++r) half[r][j] += powers[r][i] * m;
+          }
+        }
+        for (int r = 0; r < 3; ++r) {
+          for (int s = 0; s < 3; ++s) {
+            Vec sum{};
+#pragma GCC unroll 8
+            for (int j = 0; j < kIn; ++j) sum += powers[s][j] * half[r][j];
+            T* to = g.tap(r, s) + c * g.dw_c + k * g.dw_k;
+            for (int l = 0; l < kLanes && k + l < g.K; ++l) to[l * g.dw_k] = static_cast<T>(sum[l]);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // Four outputs, three taps: the roles of the weights and the outputs of F(4, 3) exchanged.
+  using Scheme = Winograd<3, 4>;
+  static constexpr int kOut = 4, kIn = Scheme::kIn;
+
+  static int64_t panel_columns(const Gradient& g, int64_t panel) {
+    return g.K - panel * kPanel < kPanel ? g.K - panel * kPanel : kPanel;
+  }
+
+  // Output pixels [first, first + count): rows [begin, end) of the pixels of x under a plane, all
+  // of them where the plane has several taps, and dy.
+  static void pack_taps(const Gradient& g, int64_t plane, int64_t first, int64_t count,
+                        int64_t begin, int64_t end, S* a, int64_t step, S* b) {
+    const int64_t line = first / g.Wo, r = plane * g.run / g.S, s = plane * g.run % g.S;
+    int64_t ox = first - line * g.Wo, n = line / g.Ho, oy = line - n * g.Ho;
+    for (int64_t i = 0; i < count; ++i, a += step) {
+      const int64_t y = oy * g.stride_h - g.pad_h + r * g.dilation_h;
+      const int64_t x = ox * g.stride_w - g.pad_w + s * g.dilation_w;
+      if (g.run > 1) {
+        pack_run(g, n, y, x, a);
+      } else if (y >= 0 && y < g.H && x >= 0 && x < g.W) {
+        widen(g.x.at(n, y, x) + begin, a, end - begin);
+      } else {
+        std::memset(a, 0, (end - begin) * sizeof(S));
+      }
+      const T* from = g.dy.at(n, oy, ox);
+      for (int64_t k = 0; k < g.K; k += kPanel) {
+        S* panel = b + k * kPiece + i * kPanel;
+        const int64_t columns = panel_columns(g, k / kPanel);
+        if (columns == kPanel) {  // a constant number: no call
+          widen(from + k, panel, kPanel);
+        } else {
+          widen(from + k, panel, columns);
+          for (int64_t j = columns; j < kPanel; ++j) panel[j] = 0;
+        }
+      }
+      if (++ox == g.Wo) {
+        ox = 0;
+        if (++oy == g.Ho) oy = 0, ++n;
+      }
+    }
+  }
+
+  // Pixels x, x + 1, ... of a plane, zeros where they are outside of the image.
+  static void pack_run(const Gradient& g, int64_t n, int64_t y, int64_t x, S* to) {
+    int64_t left = 0, right = g.run;  // pixels [left, right) are inside
+    if (x < 0) left = -x < right ? -x : right;
+    if (x + right > g.W) right = g.W - x > left ? g.W - x : left;
+    if (y < 0 || y >= g.H) left = right = 0;
+    if (left > 0) std::memset(to, 0, left * g.C * sizeof(S));
+    if (left < right) widen(g.x.at(n, y, x + left), to + left * g.C, (right - left) * g.C);
+    if (right < g.run) std::memset(to + right * g.C, 0, (g.run - right) * g.C * sizeof(S));
+  }
+
+  // Where the pixels of a tile with its first one at (y, x) lie, those outside of the image at
+  // `zeros`.
+  template <int kSize>
+  static void gather(const Image<const T>& image, int64_t H, int64_t W, int64_t n, int64_t y0,
+                     int64_t x0, const Gradient& g, const float* zeros,
+                     const float* (&src)[kSize][kSize]) {
+    if constexpr (std::is_same_v<T, float>) {
+      for (int i = 0; i < kSize; ++i) {
+        for (int j = 0; j < kSize; ++j) {
+          const int64_t y = y0 + i * g.dilation_h, x = x0 + j * g.dilation_w;
+          const bool inside = y >= 0 && y < H && x >= 0 && x < W;
+          src[i][j] = inside ? image.at(n, y, x) : zeros;
+        }
+      }
+    }
+  }
+
+  FASTSEG_INLINE void transform_axis(const Vec (&d)[kIn], Vec (&v)[kIn]) {
+    input_transform(Scheme{}, d, v);
+  }
+  // The polynomial with these coefficients at all points.
+  FASTSEG_INLINE void transform_axis(const Vec (&d)[kOut], Vec (&v)[kIn]) {
+    constexpr auto& p = WinogradPoints<3, 4>::kPoints;
+    v[0] = d[0];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const float point = static_cast<float>(p[i]), square = static_cast<float>(p[i] * p[i]);
+      const Vec even = d[0] + d[2] * square, odd = (d[1] + d[3] * square) * point;
+      v[1 + 2 * i] = even + odd;
+      v[2 + 2 * i] = even - odd;
+    }
+    v[kIn - 1] = d[3];
+  }
+
+  // All channels of a tile; kPanel of them lie `panel` apart.
+  template <int kSize>
+  static void transform(const float* const (&src)[kSize][kSize], int64_t channels, float* to,
+                        int64_t plane, int64_t panel) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec columns[kIn][kSize];
+#pragma GCC unroll 8
+      for (int j = 0; j < kSize; ++j) {
+        Vec d[kSize], v[kIn];
+        if (c + kLanes <= channels) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kSize; ++i) d[i] = load(src[i][j] + c);
+        } else {
+#pragma GCC unroll 8
+          for (int i = 0; i < kSize; ++i) d[i] = load_part(src[i][j] + c, channels - c);
+        }
+        transform_axis(d, v);
+#pragma GCC unroll 8
+        for (int i = 0; i < kIn; ++i) columns[i][j] = v[i];
+      }
+      float* dst = to + c / kPanel * panel + c % kPanel;
+#pragma GCC unroll 8
+      for (int i = 0; i < kIn; ++i) {
+        Vec v[kIn];
+        transform_axis(columns[i], v);
+#pragma GCC unroll 8
+        for (int j = 0; j < kIn; ++j) store(dst + (i * kIn + j) * plane, v[j]);
+      }
+    }
+  }
+};
+#include "conv_engine/kernel_end.inl"
