@@ -50,6 +50,31 @@ struct UnpooledPixel {
   T value(int64_t c) const { return codes[c] == tap ? values[c] : T(0); }
 };
 
+// The pixels of a tile that lies inside the image, and those of any tile.
+template <typename T>
+struct Window {
+  const T* values;
+  int64_t row, pixel;  // strides
+
+  template <int kHeight>
+  FASTSEG_MEMBER_INLINE void column(int j, int64_t c, Vec (&d)[kHeight]) const {
+    const T* from = values + j * pixel + c;
+    asm("" : "+r"(from));  // else the address of every pixel is worked out and kept on the stack
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeight; ++i) d[i] = load(from + i * row);
+  }
+};
+
+template <class Pixel, int kHeight, int kWidth>
+struct Pixels {
+  Pixel at[kHeight][kWidth];
+
+  FASTSEG_MEMBER_INLINE void column(int j, int64_t c, Vec (&d)[kHeight]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeight; ++i) d[i] = at[i][j].vector(c);
+  }
+};
+
 // As it will be read again.
 template <typename T>
 FASTSEG_INLINE Vec rounded(Vec v) {

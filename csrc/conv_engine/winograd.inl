@@ -26,49 +26,53 @@ struct WinogradKernel {
     float* m = scratch + kPoints * v_point / kPerWord<E>;
     T* zeros = reinterpret_cast<T*>(m + kPoints * m_point);
     for (int64_t c = 0; c < C; ++c) zeros[c] = 0;
+    Block* blocks = reinterpret_cast<Block*>(m + kPoints * m_point + C);
+    const int64_t count = cut(grid, begin, end, blocks);
     const E* b = conv.weight;
     for (int64_t c = 0; c < C; c += kWinogradPiece) {
       const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
-      for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
-        with_tiles(shape, [&](auto y, auto x) {
+      for (int64_t i = 0; i < count; ++i) {
+        with_tiles(blocks[i].shape, [&](auto y, auto x) {
           const auto transform = conv.x_codes.data
                                      ? transform_input<UnpooledPixel<T>, decltype(y), decltype(x)>
                                      : transform_input<PlainPixel<T>, decltype(y), decltype(x)>;
-          transform(y, x, conv, grid, shape, first, rows, c, c + depth, zeros,
-                    v + (first - begin) * depth, v_point);
+          transform(y, x, conv, grid, blocks[i], c, c + depth, zeros,
+                    v + (blocks[i].first - begin) * depth, v_point);
         });
-      });
+      }
       for (int64_t point = 0; point < kPoints; ++point) {
-        int64_t blocks = 0;
-        for_point(grid, begin, end, point, [&](int64_t, int64_t) { ++blocks; });
-        const int64_t steps = blocks > 0 ? ceil_div(kGroup, blocks) : 0;
+        int64_t takers = 0;
+        for (int64_t i = 0; i < count; ++i) takers += blocks[i].takes_part(point);
+        const int64_t steps = takers > 0 ? ceil_div(kGroup, takers) : 0;
         for (int64_t k = 0; k < conv.K; k += kPanel, b += depth * kPanel) {
           int64_t fetched = 0;  // steps of the next panel
-          for_point(grid, begin, end, point, [&](int64_t first, int64_t rows) {
-            const int64_t left = kGroup - fetched;
+          for (int64_t i = 0; i < count; ++i) {
+            if (!blocks[i].takes_part(point)) continue;
+            const int64_t left = kGroup - fetched, tile = blocks[i].first - begin;
             const Ahead<E> ahead{b + (depth + fetched * depth / kGroup) * kPanel,
                                  steps < left ? steps : left};
             fetched += ahead.steps;
-            float* products = m + point * m_point + (first - begin) * row_size(conv) + k;
-            gemm_tile(rows, columns(conv, k), v + point * v_point + (first - begin) * depth, b,
+            float* products = m + point * m_point + tile * row_size(conv) + k;
+            gemm_tile(blocks[i].rows, columns(conv, k), v + point * v_point + tile * depth, b,
                       ahead, depth, StoreTile{products, c > 0, row_size(conv)});
-          });
+          }
         }
       }
     }
-    for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
-      with_tiles(shape, [&](auto y, auto x) {
-        transform_output(y, x, conv, grid, shape, first, rows, m + (first - begin) * row_size(conv),
-                         m_point);
+    for (int64_t i = 0; i < count; ++i) {
+      with_tiles(blocks[i].shape, [&](auto y, auto x) {
+        transform_output(y, x, conv, grid, blocks[i],
+                         m + (blocks[i].first - begin) * row_size(conv), m_point);
       });
-    });
+    }
     if (conv.stream) stream_fence();
   }
 
   // Floats of scratch memory that run() needs for so many tiles.
   static int64_t scratch_size(const Conv& conv, int64_t tiles) {
+    const int64_t blocks = most_blocks(tiles) * static_cast<int64_t>(sizeof(Block) / sizeof(float));
     return kPoints * (v_point_size(conv, tiles) / kPerWord<E> + m_point_size(conv, tiles)) +
-           conv.channels();
+           conv.channels() + blocks;
   }
 
   // Channels [first, first + kLine) of one panel of the weights (K, C, 3, 3) to their packed form,
@@ -112,39 +116,39 @@ struct WinogradKernel {
  private:
   static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
 
-  static bool takes_part(int length, int64_t product) {
-    return product >= Pair::kFirst[length] && product < Pair::kFirst[length] + Pair::kCount[length];
-  }
+  // Up to kRows tiles of one shape, the rows of a register tile.
+  struct Block {
+    int64_t shape, first, rows;
 
-  // fn(shape, first, rows) for the blocks of tiles [begin, end).
-  template <class Fn>
-  FASTSEG_MEMBER_INLINE static void for_blocks(const TileGrid& grid, int64_t begin, int64_t end,
-                                               const Fn& fn) {
+    bool takes_part(int64_t point) const {
+      return takes_part(shape / 2, point / kProducts) && takes_part(shape % 2, point % kProducts);
+    }
+    static bool takes_part(int64_t length, int64_t product) {
+      return product >= Pair::kFirst[length] &&
+             product < Pair::kFirst[length] + Pair::kCount[length];
+    }
+  };
+
+  // Those of tiles [begin, end); returns how many.
+  static int64_t cut(const TileGrid& grid, int64_t begin, int64_t end, Block* blocks) {
+    int64_t count = 0;
     for (int shape = 0; shape < 4; ++shape) {
       const int64_t from = begin > grid.begin[shape] ? begin : grid.begin[shape];
       const int64_t to = end < grid.begin[shape + 1] ? end : grid.begin[shape + 1];
       if (from >= to) continue;
-      const int64_t blocks = ceil_div(to - from, kRows);
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = part_begin(to - from, blocks, i);
-        fn(shape, from + first, part_begin(to - from, blocks, i + 1) - first);
+      const int64_t parts = ceil_div(to - from, kRows);
+      for (int64_t i = 0; i < parts; ++i) {
+        const int64_t first = part_begin(to - from, parts, i);
+        blocks[count++] = {shape, from + first, part_begin(to - from, parts, i + 1) - first};
       }
     }
+    return count;
   }
-
-  // fn(first, rows) for those of them that take part in a point.
-  template <class Fn>
-  FASTSEG_MEMBER_INLINE static void for_point(const TileGrid& grid, int64_t begin, int64_t end,
-                                              int64_t point, const Fn& fn) {
-    for_blocks(grid, begin, end, [&](int shape, int64_t first, int64_t rows) {
-      if (!takes_part(shape / 2, point / kProducts)) return;
-      if (takes_part(shape % 2, point % kProducts)) fn(first, rows);
-    });
-  }
+  static int64_t most_blocks(int64_t tiles) { return ceil_div(tiles, kRows) + 3; }
 
   // fn(tile in y, tile in x) of a shape.
   template <class Fn>
-  static void with_tiles(int shape, const Fn& fn) {
+  static void with_tiles(int64_t shape, const Fn& fn) {
     using Long = typename Pair::Long;
     using Short = typename Pair::Short;
     switch (shape) {
@@ -172,51 +176,88 @@ struct WinogradKernel {
     return conv.K - k < kPanel ? conv.K - k : kPanel;
   }
 
-  // Where the outputs of tile `tile` of a shape begin.
+  static int64_t first_point(const Block& block) {
+    return Pair::kFirst[block.shape / 2] * kProducts + Pair::kFirst[block.shape % 2];
+  }
+
+  // Where the outputs of a tile begin, from the first of a block on.
   struct Corner {
+    const TileAxis &axis_y, &axis_x;
+    int length_y, length_x;
+    int64_t in_y, in_x;      // tiles of an image
+    int64_t tile_y, tile_x;  // this one among them
     int64_t n, y, x;
-    Corner(const TileGrid& grid, int shape, int64_t tile) {
-      const int64_t in_y = grid.y.count(shape / 2), in_x = grid.x.count(shape % 2);
-      tile -= grid.begin[shape];
-      const int64_t row = tile / in_x;
+
+    Corner(const TileGrid& grid, const Block& block)
+        : axis_y(grid.y),
+          axis_x(grid.x),
+          length_y(static_cast<int>(block.shape / 2)),
+          length_x(static_cast<int>(block.shape % 2)),
+          in_y(grid.y.count(length_y)),
+          in_x(grid.x.count(length_x)) {
+      const int64_t tile = block.first - grid.begin[block.shape], row = tile / in_x;
       n = row / in_y;
-      y = grid.y.first(shape / 2, row - n * in_y);
-      x = grid.x.first(shape % 2, tile - row * in_x);
+      tile_y = row - n * in_y;
+      tile_x = tile - row * in_x;
+      y = axis_y.first(length_y, tile_y);
+      x = axis_x.first(length_x, tile_x);
+    }
+    void next() {
+      if (++tile_x == in_x) {
+        tile_x = 0;
+        if (++tile_y == in_y) tile_y = 0, ++n;
+        y = axis_y.first(length_y, tile_y);
+      }
+      x = axis_x.first(length_x, tile_x);
     }
   };
 
-  // Channels [c_begin, c_end) of tiles [first, first + rows) to V; input pixels outside the image
-  // are read from `zeros`.
+  // Channels [c_begin, c_end) of a block to V; input pixels outside the image are read from
+  // `zeros`.
   template <class Pixel, class Y, class X>
-  static void transform_input(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid, int shape,
-                              int64_t first, int64_t rows, int64_t c_begin, int64_t c_end,
-                              const T* zeros, E* v, int64_t point_stride) {
-    v += (Pair::kFirst[shape / 2] * kProducts + Pair::kFirst[shape % 2]) * point_stride;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Corner corner(grid, shape, first + r);
+  static void transform_input(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
+                              const Block& block, int64_t c_begin, int64_t c_end, const T* zeros,
+                              E* v, int64_t point_stride) {
+    const int64_t rows = block.rows;
+    v += first_point(block) * point_stride;
+    Corner corner(grid, block);
+    for (int64_t r = 0; r < rows; ++r, corner.next()) {
       const int64_t x0 = corner.x - conv.pad_w + X::kOffset * conv.dilation_w;
       const int64_t y0 = corner.y - conv.pad_h + Y::kOffset * conv.dilation_h;
-      Pixel src[Y::kIn][X::kIn];
+      int64_t c = c_begin;
+      if constexpr (std::is_same_v<Pixel, PlainPixel<T>>) {
+        const bool inside = x0 >= 0 && x0 + (X::kIn - 1) * conv.dilation_w < conv.W && y0 >= 0 &&
+                            y0 + (Y::kIn - 1) * conv.dilation_h < conv.H;
+        if (inside) {
+          const Window<T> src{conv.x.at(corner.n, y0, x0), conv.dilation_h * conv.x.row,
+                              conv.dilation_w * conv.x.pixel};
+          for (; c < c_end && c + kLine<E> <= conv.C; c += kLine<E>) {
+            E* dst = v + (c - c_begin) * rows + r * kLine<E>;
+            transform_group(tile_y, tile_x, src, c, dst, point_stride);
+          }
+        }
+      }
+      if (c == c_end) continue;
+      Pixels<Pixel, Y::kIn, X::kIn> src;
       for (int i = 0; i < Y::kIn; ++i) {
         for (int j = 0; j < X::kIn; ++j) {
           const int64_t y = y0 + i * conv.dilation_h, x = x0 + j * conv.dilation_w;
           const bool inside = y >= 0 && y < conv.H && x >= 0 && x < conv.W;
-          src[i][j] = inside ? Pixel::at(conv, corner.n, y, x) : Pixel::of(zeros);
+          src.at[i][j] = inside ? Pixel::at(conv, corner.n, y, x) : Pixel::of(zeros);
         }
       }
-      for (int64_t c = c_begin; c < c_end; c += kLine<E>) {
+      for (; c < c_end; c += kLine<E>) {
         E* dst = v + (c - c_begin) * rows + r * kLine<E>;
         if (c + kLine<E> <= conv.C) {
           transform_group(tile_y, tile_x, src, c, dst, point_stride);
         } else {  // C is not a whole number of groups
           alignas(64) T last[Y::kIn * X::kIn][kLine<E>] = {};
-          PlainPixel<T> padded[Y::kIn][X::kIn];
           for (int i = 0; i < Y::kIn * X::kIn; ++i) {
-            padded[i / X::kIn][i % X::kIn] = {last[i]};
             for (int64_t l = 0; l < conv.C - c; ++l) {
-              last[i][l] = src[i / X::kIn][i % X::kIn].value(c + l);
+              last[i][l] = src.at[i / X::kIn][i % X::kIn].value(c + l);
             }
           }
+          const Window<T> padded{last[0], X::kIn * kLine<E>, kLine<E>};
           transform_group(tile_y, tile_x, padded, 0, dst, point_stride);
         }
       }
@@ -224,16 +265,15 @@ struct WinogradKernel {
   }
 
   // A line of channels of one tile.
-  template <class Pixel, class Y, class X>
-  static void transform_group(Y tile_y, X tile_x, const Pixel (&src)[Y::kIn][X::kIn], int64_t c,
-                              E* dst, int64_t point_stride) {
+  template <class Source, class Y, class X>
+  static void transform_group(Y tile_y, X tile_x, const Source& src, int64_t c, E* dst,
+                              int64_t point_stride) {
     for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec columns[Y::kProducts][X::kIn];
 #pragma GCC unroll 8
       for (int j = 0; j < X::kIn; ++j) {
         Vec d[Y::kIn], v[Y::kProducts];
-#pragma GCC unroll 8
-        for (int i = 0; i < Y::kIn; ++i) d[i] = src[i][j].vector(c + l);
+        src.column(j, c + l, d);
         input_transform(tile_y, d, v);
 #pragma GCC unroll 8
         for (int i = 0; i < Y::kProducts; ++i) columns[i][j] = v[i];
@@ -242,26 +282,60 @@ struct WinogradKernel {
       for (int i = 0; i < Y::kProducts; ++i) {
         Vec v[X::kProducts];
         input_transform(tile_x, columns[i], v);
+        E* row = dst + i * kProducts * point_stride + l;
+        asm("" : "+r"(row));  // else every point takes an address of its own, kept on the stack
 #pragma GCC unroll 8
-        for (int j = 0; j < X::kProducts; ++j) {
-          store(dst + (i * kProducts + j) * point_stride + l, v[j]);
-        }
+        for (int j = 0; j < X::kProducts; ++j) store(row + j * point_stride, v[j]);
       }
     }
   }
 
-  // Products of tiles [first, first + rows) to output pixels.
+  // Copies: a store to the image could change the originals, for all that the compiler knows.
+  struct Epilogue {
+    using Storage = T;
+    Activation activation;
+    float slope;
+    bool residual_last, stream;
+  };
+
+  // Products of a block to output pixels.
   template <class Y, class X>
   static void transform_output(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
-                               int shape, int64_t first, int64_t rows, const float* m,
-                               int64_t point_stride) {
-    m += (Pair::kFirst[shape / 2] * kProducts + Pair::kFirst[shape % 2]) * point_stride;
-    for (int64_t r = 0; r < rows; ++r, m += row_size(conv)) {
-      const Corner corner(grid, shape, first + r);
+                               const Block& block, const float* m, int64_t point_stride) {
+    m += first_point(block) * point_stride;
+    const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, conv.stream};
+    const int64_t y_row = conv.dilation_h * conv.y.row, y_pixel = conv.dilation_w * conv.y.pixel;
+    const int64_t r_row = conv.dilation_h * conv.residual.row;
+    const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
+    Corner corner(grid, block);
+    for (int64_t r = 0; r < block.rows; ++r, m += row_size(conv), corner.next()) {
+      const bool inside = !conv.pooled.data && conv.K % kLanes == 0 &&
+                          corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
+                          corner.x + (X::kOut - 1) * conv.dilation_w < conv.Wo;
+      T* y0 = inside ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
+      const T* residual0 =
+          inside && conv.residual.data ? conv.residual.at(corner.n, corner.y, corner.x) : nullptr;
       for (int64_t k = 0; k < conv.K; k += kPanel) {
+        if (inside) {
+          for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
+            const Vec bias = load(conv.bias + k + l);
+            T* y = y0 + k + l;
+            const T* residual = residual0 ? residual0 + k + l : nullptr;
+            inverse_transform(tile_y, tile_x, m + k + l, point_stride, [&](int i, int j, Vec v) {
+              Vec added{};
+              if (residual) added = load(residual + i * r_row + j * r_pixel);
+              v = finish(epilogue, v, bias, added);
+              T* to = y + i * y_row;
+              asm("" : "+r"(to));  // as above
+              store_output(epilogue, v, to + j * y_pixel);
+            });
+          }
+          continue;
+        }
         alignas(64) float sums[Y::kOut][X::kOut][kPanel];
         for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-          inverse_transform(tile_y, tile_x, m + k + l, point_stride, sums, l);
+          inverse_transform(tile_y, tile_x, m + k + l, point_stride,
+                            [&](int i, int j, Vec v) { store(sums[i][j] + l, v); });
         }
         if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
           if (conv.pooled.data) {
@@ -282,17 +356,17 @@ struct WinogradKernel {
   }
 
   // kLanes channels of one tile.
-  template <class Y, class X>
+  template <class Y, class X, class Out>
   FASTSEG_INLINE void inverse_transform(Y tile_y, X tile_x, const float* m, int64_t point_stride,
-                                        float (&sums)[Y::kOut][X::kOut][kPanel], int64_t l) {
+                                        const Out& out) {
     Vec half[Y::kOut][X::kProducts];
 #pragma GCC unroll 8
     for (int j = 0; j < X::kProducts; ++j) {
       Vec p[Y::kProducts], y[Y::kOut];
+      const float* column = m + j * point_stride;
+      asm("" : "+r"(column));
 #pragma GCC unroll 8
-      for (int i = 0; i < Y::kProducts; ++i) {
-        p[i] = load(m + (i * kProducts + j) * point_stride);
-      }
+      for (int i = 0; i < Y::kProducts; ++i) p[i] = load(column + i * kProducts * point_stride);
       output_transform(tile_y, p, y);
 #pragma GCC unroll 8
       for (int i = 0; i < Y::kOut; ++i) half[i][j] = y[i];
@@ -302,7 +376,7 @@ struct WinogradKernel {
       Vec y[X::kOut];
       output_transform(tile_x, half[i], y);
 #pragma GCC unroll 8
-      for (int j = 0; j < X::kOut; ++j) store(sums[i][j] + l, y[j]);
+      for (int j = 0; j < X::kOut; ++j) out(i, j, y[j]);
     }
   }
 };

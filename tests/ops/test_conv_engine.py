@@ -106,6 +106,28 @@ def test_winograd(shape, tile, cpu_isa):
     check_tile(shape, tile)
 
 
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_winograd_of_slices(tile, dilation, cpu_isa):
+    """Tiles inside and at the border of images whose pixels and lines lie apart in memory."""
+    options = {"padding": dilation, "dilation": dilation, "activation": "relu"}
+    tensors = case(3, 37, 27, 25, 48, (3, 3), **options)
+    conv = pack_conv(*tensors[1:3], **options, tile=tile)
+
+    def between_nan(t):
+        N, C, H, W = t.shape
+        wide = torch.full((N, C + 9, H + 2, W + 3), torch.nan)
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        wide[:, 5:-4, 1:-1, 2:-1] = t
+        return wide, wide[:, 5:-4, 1:-1, 2:-1]
+
+    (_, x), (_, residual), (wide, y) = map(between_nan, (tensors[0], tensors[3], tensors[3]))
+    conv_engine(x, conv, residual, out=y)
+    assert relative_error(y, exact_result(*tensors, **options)) <= ALLOWED[tile]
+    y[:] = torch.nan
+    assert wide.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [*BORDERED_CASES, PIECES_CASES[1]], ids=str)
 def test_bordered(shape, cpu_isa):
     check_tile(shape, 1)
