@@ -21,14 +21,14 @@ from torch import Tensor, fx, nn
 from .nn.packed import PackedConv2d
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
-from .nn.pyramid_pooling import PyramidConv2d
+from .nn.pyramid_pooling import GridPool2d, PyramidConv2d
 from .nn.resize import Resize2d
 
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
 STRIDED = (PackedConv2d, PooledConv2d, UnpooledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-MODULES = (*STRIDED, *POOLS, MaxUnpool2d, PyramidConv2d)
+MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
 FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, operator.add, torch.add)
 METHODS = ("mean", "size")
 
@@ -118,7 +118,7 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
         if not isinstance(source, fx.Node) or source.op != "call_module":
             return None
         module: Any = modules[str(source.target)]
-        if isinstance(module, Resize2d):
+        if isinstance(module, Resize2d | PyramidConv2d):
             return module  # which looks at the dtype itself
         conv = module if isinstance(module, PackedConv2d) else getattr(module, "conv", None)
         if not isinstance(conv, PackedConv2d) or conv.dtype != dtype:
