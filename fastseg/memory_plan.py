@@ -39,6 +39,7 @@ class Buffers(threading.local):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.flat: dict[int, Tensor] = {}
+        self.tapes: dict[tuple, Any] = {}  # fastseg.optimize.replay; they hold views of the above
 
     def __reduce__(self) -> tuple:
         return Buffers, (self.dtype,)  # copies start empty
@@ -48,6 +49,7 @@ class Buffers(threading.local):
         N, C, H, W = shape
         flat = self.flat.get(slot)
         if flat is None or flat.numel() < N * C * H * W:
+            self.tapes.clear()
             with torch.inference_mode(False):
                 flat = self.flat[slot] = torch.empty(N * C * H * W, dtype=self.dtype)
         return flat.as_strided((N, C, H, W), (H * W * C, 1, W * C, C))

@@ -160,11 +160,11 @@ def pyramid_conv(
     H, W = size
     lines, columns = [], []
     for grid, w in zip(grids, weight, strict=True):
-        N, _, b, _ = grid.shape
-        values = F.linear(grid.movedim(1, 3), w).view(N, b, b, k, k, -1)
-        values = values.permute(0, 3, 1, 4, 2, 5).reshape(N, k * b, -1)  # tap and cell of the rows
+        (N, _, b, _), O = grid.shape, w.shape[0] // k**2
+        values = F.linear(grid.movedim(1, 3), w).view(N, b, b, k, k, O)
+        values = values.permute(0, 3, 1, 4, 2, 5).reshape(N, k * b, k * b * O)  # (tap, cell) twice
         rows = _taps(H, b, k, align_corners, grid).view(H, k * b)
-        lines.append((rows @ values).view(N, H, k * b, -1))
+        lines.append((rows @ values).view(N, H, k * b, O))
         columns.append(_taps(W, b, k, align_corners, grid).view(W, k * b))
     target = None if out is None else out.movedim(1, 3)
     y = torch.matmul(torch.cat(columns, 1), torch.cat(lines, 2), out=target)  # (N, H, W, O)
