@@ -50,7 +50,8 @@ class Replayed(nn.Module):
         (network,) = self.held
         if torch.compiler.is_compiling() or kwargs or not _replayable(args):
             return network(*args, **kwargs)
-        key = (torch.is_inference_mode_enabled(), *((x.shape, x.stride(), x.dtype) for x in args))
+        inputs = ((x.shape, x.stride(), x.dtype, x.device) for x in args)
+        key = (torch.is_inference_mode_enabled(), *inputs)
         tapes = self.memory.tapes
         if key not in tapes:  # buffers may have to grow first, and weights to be packed
             result = network(*args)
