@@ -11,7 +11,8 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,14 @@ from torch import Tensor, fx, nn
 from .nn.packed import PackedConv2d
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
-from .nn.pyramid_pooling import PyramidConv2d
+from .nn.pyramid_pooling import GridPool2d, PyramidConv2d
 from .nn.resize import Resize2d
 
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
 STRIDED = (PackedConv2d, PooledConv2d, UnpooledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-MODULES = (*STRIDED, *POOLS, MaxUnpool2d, PyramidConv2d)
+MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
 FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, operator.add, torch.add)
 METHODS = ("mean", "size")
 
@@ -38,6 +39,7 @@ class Buffers(threading.local):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.flat: dict[int, Tensor] = {}
+        self.tapes: dict[tuple, Any] = {}  # fastseg.optimize.replay; they hold views of the above
 
     def __reduce__(self) -> tuple:
         return Buffers, (self.dtype,)  # copies start empty
@@ -47,6 +49,7 @@ class Buffers(threading.local):
         N, C, H, W = shape
         flat = self.flat.get(slot)
         if flat is None or flat.numel() < N * C * H * W:
+            self.tapes.clear()
             with torch.inference_mode(False):
                 flat = self.flat[slot] = torch.empty(N * C * H * W, dtype=self.dtype)
         return flat.as_strided((N, C, H, W), (H * W * C, 1, W * C, C))
@@ -67,6 +70,21 @@ class Place:
             return self.buffers.image(self.slot, shape)
         whole = self.buffers.image(self.slot, (N, self.total, H, W))
         return whole[:, self.offset : self.offset + C]
+
+
+@dataclass
+class Interval:
+    """Results in one slot, from the first that is written to the last that is read."""
+
+    first: int
+    last: int
+    places: list[Place]
+
+    def extended(self, last: int, place: Place) -> Interval:
+        """The same with a further result, written when the last one so far is read."""
+        self.last = last
+        self.places.append(place)
+        return self
 
 
 class Concat(nn.Module):
@@ -102,7 +120,7 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
         if not isinstance(source, fx.Node) or source.op != "call_module":
             return None
         module: Any = modules[str(source.target)]
-        if isinstance(module, Resize2d):
+        if isinstance(module, Resize2d | PyramidConv2d):
             return module  # which looks at the dtype itself
         conv = module if isinstance(module, PackedConv2d) else getattr(module, "conv", None)
         if not isinstance(conv, PackedConv2d) or conv.dtype != dtype:
@@ -115,6 +133,15 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
     def written(node: fx.Node) -> int:
         """When the memory of a result is needed first."""
         return position[node.all_input_nodes[0] if node.target is operator.getitem else node]
+
+    def replaced(node: fx.Node) -> fx.Node | None:
+        """The summand of a convolution that nobody reads later: the sum takes its place."""
+        if not isinstance(modules.get(str(node.target)), PackedConv2d) or len(node.args) < 2:
+            return None
+        x, summand = cast(tuple[fx.Node, fx.Node], node.args)
+        if summand is x:
+            return None
+        return summand if _last_use(summand, position) == position[node] else None
 
     def stays_inside(node: fx.Node) -> bool:
         return all(reads_only(user, node, modules) for user in node.users)
@@ -129,8 +156,9 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
             for reader in readers
         )
 
-    intervals: list[tuple[int, int, list[Place]]] = []  # first and last use
+    intervals: list[Interval] = []
     placed: set[fx.Node] = set()
+    whole: dict[fx.Node, Interval] = {}  # of the results that have a slot for themselves
 
     def give(node: fx.Node, place: Place) -> Place:
         owner(node).place = place
@@ -159,18 +187,25 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
         graph.erase_node(cat)
         position[new] = position.pop(cat)
         first = min(written(part) for part in inside)
-        intervals.append((first, max(_last_use(n, position) for n in (new, *inside)), places))
+        last = max(_last_use(n, position) for n in (new, *inside))
+        intervals.append(Interval(first, last, places))
     for node in graph.nodes:
-        if owner(node) is not None and node not in placed and stays_inside(node):
-            places = [give(node, Place(buffers, 0))]
-            intervals.append((written(node), _last_use(node, position), places))
+        if owner(node) is None or node in placed or not stays_inside(node):
+            continue
+        place, last = give(node, Place(buffers, 0)), _last_use(node, position)
+        summand = replaced(node)
+        if summand in whole:
+            whole[node] = whole[summand].extended(last, place)
+        else:
+            whole[node] = Interval(written(node), last, [place])
+            intervals.append(whole[node])
 
     ends: list[int] = []  # of each slot, the last use of what is in it
-    for first, last, places in sorted(intervals, key=lambda interval: interval[:2]):
-        free = [slot for slot, end in enumerate(ends) if end < first]
+    for interval in sorted(intervals, key=lambda interval: (interval.first, interval.last)):
+        free = [slot for slot, end in enumerate(ends) if end < interval.first]
         slot = max(free, key=ends.__getitem__) if free else len(ends)  # the one still in a cache
-        ends[slot:] = [last] if slot == len(ends) else [last, *ends[slot + 1 :]]
-        for place in places:
+        ends[slot:] = [interval.last, *ends[slot + 1 :]]
+        for place in interval.places:
             place.slot = slot
     traced.recompile()
 

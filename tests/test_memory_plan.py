@@ -106,3 +106,38 @@ def test_mismatched_maps_are_reported():
 
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         fastseg.optimize(Wrong().eval())(torch.randn(1, 4, 8, 8))
+
+
+class Sums(nn.Module):
+    """Sums with a map that nobody reads later, with one that is read again, with the input of the
+    convolution, and with a single channel that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.reduce = nn.ModuleList(nn.Conv2d(16, 8, 3, padding=1) for _ in range(3))
+        self.expand = nn.ModuleList(nn.Conv2d(8, 16, 1) for _ in range(3))
+        self.same = nn.Conv2d(16, 16, 3, padding=1)
+        self.narrow = nn.Conv2d(16, 1, 1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for reduce, expand in zip(self.reduce, self.expand, strict=True):
+            x = F.relu(expand(F.relu(reduce(x))) + x)
+        y = F.relu(self.same(x)) + x
+        z = F.relu(self.same(y) + y)
+        return self.last(F.relu(self.same(z) + self.narrow(z))) + self.last(y)
+
+
+@torch.no_grad()
+def test_sums_take_the_place_of_a_summand_that_is_not_read_later():
+    model = Sums().eval()
+    fast = fastseg.optimize(model)
+    for size in ((2, 3, 9, 11), (1, 3, 24, 40), (3, 20, 8)):
+        x = torch.randn(size)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
+    slots = {name: m.place.slot for name, m in fast.named_modules() if getattr(m, "place", None)}
+    stem = slots["stem"]
+    assert [slots[f"expand.{i}"] for i in range(3)] == [stem] * 3
+    assert slots["same"] != stem  # which the same convolution reads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,53 @@ class PyramidPooling(nn.Module):
         return torch.cat([x, *maps], 1)
 
 
+class GridPool2d(nn.Module):
+    """``F.adaptive_avg_pool2d`` to several square grids, which reads the map once.
+
+    Rows are averaged by one matrix product for all grids, then columns of the few rows left.
+
+    Args:
+        bins: grid sizes.
+
+    Shapes: (N, C, H, W) -> for each grid (N, C, bin, bin), channels last where the map is.
+    """
+
+    def __init__(self, bins: Sequence[int]) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pixels = x.movedim(-3, -1)
+        if x.dim() != 4 or x.dtype != torch.float32 or not pixels.is_contiguous():
+            return [F.adaptive_avg_pool2d(x, b) for b in self.bins]
+        N, H, W, C = pixels.shape
+        rows = (_averages(H, self.bins, x) @ pixels.reshape(N, H, W * C)).split(self.bins, 1)
+        return [
+            (_averages(W, (b,), x) @ row.view(N, b, W, C)).movedim(3, 1)
+            for b, row in zip(self.bins, rows, strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{self.bins}"
+
+
+def _averages(n: int, bins: Sequence[int], like: Tensor) -> Tensor:
+    """(sum of bins, n): what each of n pixels contributes to each mean."""
+    means = []
+    for b in bins:
+        for i in range(b):
+            first, end = i * n // b, -(-(i + 1) * n // b)
+            means.append([0.0] * first + [1 / (end - first)] * (end - first) + [0.0] * (n - end))
+    return like.new_tensor(means)
+
+
 class PyramidConv2d(nn.Module):
     """The convolution of resized and concatenated grids, without resizing or concatenating them.
 
     Resizing is linear, so each tap of the convolution applies to the few values of a grid, and the
-    results are spread over the map: for PSPNet's head a 3x3 convolution over 2048 channels and
-    60 x 60 pixels becomes one over 50. Equivalent, up to rounding, to::
+    results are spread over the map, first from line to line, then along the lines: for PSPNet's
+    head a 3x3 convolution over 2048 channels and 60 x 60 pixels becomes one over 50. Equivalent, up
+    to rounding, to::
 
         maps = [F.interpolate(g, size, mode="bilinear", align_corners=...) for g in grids]
         F.conv2d(torch.cat(maps, 1), weight, padding=k // 2)
@@ -86,35 +128,47 @@ class PyramidConv2d(nn.Module):
         self.bins = tuple(bins)
         self.align_corners = align_corners
         self.out_channels, _, self.kernel_size, _ = weight.shape
-        self.register_buffer("weight", pyramid_weight(weight.detach(), len(bins)), persistent=False)
+        weight = pyramid_weight(weight.detach(), len(bins)).contiguous()
+        self.register_buffer("weight", weight, persistent=False)
+        self.place: Any = None  # a fastseg.memory_plan.Place
 
     def forward(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         dtype = grids[0].dtype  # the grids are small: a lower precision would save nothing
+        out = None
+        if self.place is not None and self.place.buffers.dtype == dtype == self.weight.dtype:
+            out = self.place.image((grids[0].shape[0], self.out_channels, *size))
         grids = [grid.to(self.weight.dtype) for grid in grids]
-        y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
+        y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners, out)
         return y.to(dtype)
 
 
 def pyramid_weight(weight: Tensor, grids: int) -> Tensor:
-    """(O, C, k, k) as one matrix per grid, (grids, O * k * k, C / grids)."""
+    """(O, C, k, k) as one matrix per grid, (grids, k * k * O, C / grids)."""
     O, C, k, _ = weight.shape
-    return weight.view(O, grids, C // grids, k * k).permute(1, 0, 3, 2).flatten(1, 2)
+    return weight.view(O, grids, C // grids, k * k).permute(1, 3, 0, 2).flatten(1, 2)
 
 
 def pyramid_conv(
-    grids: Sequence[Tensor], weight: Tensor, k: int, size: Sequence[int], align_corners: bool
+    grids: Sequence[Tensor],
+    weight: Tensor,
+    k: int,
+    size: Sequence[int],
+    align_corners: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """:class:`PyramidConv2d` with a weight from :func:`pyramid_weight`; channels last."""
     H, W = size
-    values, spread = [], []
+    lines, columns = [], []
     for grid, w in zip(grids, weight, strict=True):
-        N, _, b, _ = grid.shape
-        values.append((w @ grid.flatten(2)).view(N, -1, k * k * b * b))  # (N, O, taps * cells)
-        rows = _taps(H, b, k, align_corners, grid)[:, None, :, None, :, None]
-        columns = _taps(W, b, k, align_corners, grid)[None, :, None, :, None, :]
-        spread.append((rows * columns).view(H * W, -1))
-    y = torch.cat(spread, 1) @ torch.cat(values, 2).transpose(1, 2)  # (N, H * W, O)
-    return y.transpose(1, 2).unflatten(2, (H, W))
+        (N, _, b, _), O = grid.shape, w.shape[0] // k**2
+        values = F.linear(grid.movedim(1, 3), w).view(N, b, b, k, k, O)
+        values = values.permute(0, 3, 1, 4, 2, 5).reshape(N, k * b, k * b * O)  # (tap, cell) twice
+        rows = _taps(H, b, k, align_corners, grid).view(H, k * b)
+        lines.append((rows @ values).view(N, H, k * b, O))
+        columns.append(_taps(W, b, k, align_corners, grid).view(W, k * b))
+    target = None if out is None else out.movedim(1, 3)
+    y = torch.matmul(torch.cat(columns, 1), torch.cat(lines, 2), out=target)  # (N, H, W, O)
+    return y.movedim(3, 1)
 
 
 def _taps(n: int, bins: int, k: int, align_corners: bool, like: Tensor) -> Tensor:

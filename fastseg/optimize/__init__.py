@@ -3,7 +3,8 @@
 A network, or the largest parts of it that ``torch.fx`` can trace (:mod:`.tracing`), becomes a
 graph. In it each convolution takes over the batch norm, the addition and the activation behind it
 (:mod:`.fusion`); pooling, pyramids and resized scores get their own forms (:mod:`.patterns`); and
-results go to buffers that are used again (:mod:`fastseg.memory_plan`). What does not trace keeps
+results go to buffers that are used again (:mod:`fastseg.memory_plan`), so that the calls of
+operators can be repeated as they were (:mod:`.replay`). What does not trace keeps
 its own ``forward``, with its children optimised one by one. What the engine does not compute stays
 as it is; :func:`explain` says why.
 """
@@ -23,6 +24,7 @@ from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
 from .patterns import faster_pool
+from .replay import Replayed, buffers_of
 from .tracing import has_options, reads_strides, required_arguments, trace
 
 __all__ = ["explain", "optimize"]
@@ -76,9 +78,12 @@ def optimize(
         fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
     else:
         fast = _optimize(form, settings, report, "")
-    vars(fast)[NOTES] = report
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
+        vars(fast)[NOTES] = report
+        buffers = buffers_of(fast)
+        fast = fast if buffers is None else Replayed(fast, buffers)
+    vars(fast)[NOTES] = report
     return fast
 
 

@@ -12,6 +12,7 @@ from ..memory_plan import plan_memory
 from . import patterns
 from .constants import keep_float32
 from .fusion import Fusion, Report
+from .grids import pool_grids
 from .lift import lift
 from .pooling import pool_results, unpool_inputs
 
@@ -42,6 +43,7 @@ def optimize_graph(
     if settings.get("dtype") == torch.bfloat16:
         keep_float32(traced, report)
     patterns.resize_maps(traced, report)
+    pool_grids(traced, report)
     pool_results(traced, report)
     unpool_inputs(traced, report)
     traced.delete_all_unused_submodules()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import fastseg
 from fastseg.models.pspnet import PSPHead
 from fastseg.nn import PyramidConv2d, PyramidPooling
+from fastseg.nn.pyramid_pooling import GridPool2d
 
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 1), (12, 5), (60, 31)])
@@ -26,6 +27,30 @@ def test_head_is_the_plain_composition(form):
     with torch.inference_mode():
         plain = head.score(head.bottleneck(head.ppm(x)))
         torch.testing.assert_close(form(head)(x), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (1, 1), (5, 12), (65, 33)])
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format, "image", "part"])
+def test_grids_are_those_of_adaptive_pooling(size, form):
+    bins = (1, 2, 3, 6)
+    x = torch.randn(2, 5, *size)
+    if form == "image":
+        x = x[0]
+    elif form == "part":  # some channels of a larger map
+        x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)[:, 2:7]
+    else:
+        x = x.contiguous(memory_format=form)
+    for grid, b in zip(GridPool2d(bins)(x), bins, strict=True):
+        assert grid.shape == (*x.shape[:-2], b, b)
+        exact = F.adaptive_avg_pool2d(x.double(), b)
+        torch.testing.assert_close(grid.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_no_images():
+    assert [g.shape for g in GridPool2d((1, 2))(torch.zeros(0, 3, 4, 5))] == [
+        (0, 3, 1, 1),
+        (0, 3, 2, 2),
+    ]
 
 
 def test_one_image_in_training():

@@ -8,6 +8,7 @@ from torch import nn
 import fastseg
 from fastseg.nn import MaxPool2d, PyramidConv2d
 from fastseg.nn.packed import PackedConv2d
+from fastseg.nn.pyramid_pooling import GridPool2d
 from fastseg.optimize.patterns import Unpool
 
 from .test_unharmed import check, randomise
@@ -124,6 +125,7 @@ class PSP(nn.Module):
 def test_pyramid(options, size):
     fast = check(randomise(PSP(**options)), torch.randn(2, 16, *size))
     assert sum(isinstance(m, PyramidConv2d) for m in fast.modules()) == 1
+    assert sum(isinstance(m, GridPool2d) for m in fast.modules()) == 1
 
 
 @pytest.mark.parametrize("options", [{"bins": (40,)}, {"width": 3}, {"bins": (1,)}])
