@@ -50,6 +50,22 @@ struct OutputPixels {
   }
 };
 
+// The lines of a pixel that a tile will add and those that it will write: no hardware prefetcher
+// follows rows that lie pages apart.
+template <class Conv>
+FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Conv::Storage>& pixel,
+                                int64_t k) {
+  constexpr int kLocality = 2;  // L2
+  if (conv.residual.data) {
+    __builtin_prefetch(pixel.residual + k);
+    __builtin_prefetch(pixel.residual + k + kPanel / 2);
+  }
+  if (!conv.stream) {
+    __builtin_prefetch(pixel.y + k, 1, kLocality);
+    __builtin_prefetch(pixel.y + k + kPanel / 2, 1, kLocality);
+  }
+}
+
 // One convolution on one instruction set.
 template <class Conv>
 struct GemmKernel {
@@ -142,23 +158,8 @@ struct GemmKernel {
     return {reinterpret_cast<const char*>(weight), 0};
   }
 
-  // The lines that a tile will add and those that it will write: no hardware prefetcher follows
-  // rows that lie pages apart.
   FASTSEG_INLINE void fetch_pixels(const Conv& conv, const Block& block, int64_t panel) {
-    constexpr int kLocality = 2;  // L2
-    const int64_t k = panel * kPanel;
-    if (conv.residual.data) {
-      for (int64_t r = 0; r < block.rows; ++r) {
-        __builtin_prefetch(block.pixels[r].residual + k);
-        __builtin_prefetch(block.pixels[r].residual + k + kPanel / 2);
-      }
-    }
-    if (!conv.stream) {
-      for (int64_t r = 0; r < block.rows; ++r) {
-        __builtin_prefetch(block.pixels[r].y + k, 1, kLocality);
-        __builtin_prefetch(block.pixels[r].y + k + kPanel / 2, 1, kLocality);
-      }
-    }
+    for (int64_t r = 0; r < block.rows; ++r) fetch_pixel(conv, block.pixels[r], panel * kPanel);
   }
 
   // One panel of a block.

@@ -10,6 +10,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 from ..ops.conv_engine import (
     PackedConv,
     activate,
+    choose_strassen,
     choose_tile,
     conv_engine,
     output_size,
@@ -91,17 +92,18 @@ class PackedConv2d(nn.Module):
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
-        self._packed: dict[tuple[int, torch.dtype], PackedConv] = {}
+        self._packed: dict[tuple[int, torch.dtype, int], PackedConv] = {}
         self._prepared: dict[tuple[int, ...], tuple[PackedConv, tuple[int, ...]]] = {}
 
-    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
-        """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
+    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype, int]:
+        """``tile``, ``products`` and ``strassen`` of ``pack_conv`` for an input of this size."""
         K, C, *kernel = self.weight.shape
         stride, padding, dilation = self._geometry()
         layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
+        tile, products = choose_tile(*layer), torch.float32
         if self.dtype == torch.bfloat16:
-            return choose_algorithm(*layer)
-        return choose_tile(*layer), torch.float32
+            tile, products = choose_algorithm(*layer)
+        return tile, products, choose_strassen(*layer, tile=tile, products=products)
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         K, _, *kernel = self.weight.shape
@@ -140,10 +142,15 @@ class PackedConv2d(nn.Module):
         key = self.algorithm(x)
         packed = self._packed.get(key)
         if packed is None:
-            tile, products = key
+            tile, products, strassen = key
             with torch.inference_mode(False):
                 packed = pack_conv(
-                    self.weight, self.bias, **self.options, tile=tile, products=products
+                    self.weight,
+                    self.bias,
+                    **self.options,
+                    tile=tile,
+                    products=products,
+                    strassen=strassen,
                 )
             self._packed[key] = packed
         prepared = packed, self.output_shape(x)
