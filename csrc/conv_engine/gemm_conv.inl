@@ -14,7 +14,7 @@ constexpr int64_t kGemmPiece = 1024;
 template <class Conv>
 struct OutputPixels {
   const PixelAddress<typename Conv::Storage>* pixels;
-  const float* pieces;  // sums of earlier pieces, or null
+  const float* base;  // sums to add at the end, kRows x kPanel, or null
   int64_t k;
   // Copies: a store to the image could change the originals, for all that the compiler knows.
   const float* bias;
@@ -24,7 +24,7 @@ struct OutputPixels {
 
   OutputPixels(const Conv& conv, int64_t k, const PixelAddress<typename Conv::Storage>* pixels)
       : pixels(pixels),
-        pieces(nullptr),
+        base(nullptr),
         k(k),
         bias(conv.bias + k),
         activation(conv.activation),
@@ -38,7 +38,7 @@ struct OutputPixels {
     return add_first ? v + load(pixels[r].residual + k + column) : v;
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
-    if (pieces) v += load(pieces + r * kPanel + column);
+    if (base) v += load(base + r * kPanel + column);
     v = activate(v, activation, slope);
     if (add_last) v += load(pixels[r].residual + k + column);
     auto* y = pixels[r].y + k + column;
@@ -57,8 +57,8 @@ FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Co
                                 int64_t k) {
   constexpr int kLocality = 2;  // L2
   if (conv.residual.data) {
-    __builtin_prefetch(pixel.residual + k);
-    __builtin_prefetch(pixel.residual + k + kPanel / 2);
+    __builtin_prefetch(pixel.residual + k, 0, kLocality);
+    __builtin_prefetch(pixel.residual + k + kPanel / 2, 0, kLocality);
   }
   if (!conv.stream) {
     __builtin_prefetch(pixel.y + k, 1, kLocality);
@@ -194,7 +194,7 @@ struct GemmKernel {
             const bool last = h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
                               d + length >= whole.length;
             if (last && vectors) {
-              out.pieces = pieces;
+              out.base = pieces;
               return patch_tile(rows, columns, piece, b, ahead, out);
             }
             patch_tile(rows, columns, piece, b, ahead, StoreTile{pieces, !first});

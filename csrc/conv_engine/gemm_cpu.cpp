@@ -63,7 +63,8 @@ void run_blocks(const Conv& conv) {
   });
 }
 
-// The pixels and the operands made of them take half of L2.
+// The pixels and the operands made of them take a quarter of L2, but two pairs of blocks are needed
+// to hide how the weights come.
 template <class Conv>
 void run_strassen(const Conv& conv) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -71,8 +72,8 @@ void run_strassen(const Conv& conv) {
   const int64_t pair_bytes = FASTSEG_ISA_CALL(StrassenKernel<Conv>::pair_bytes)();
   const int64_t operands = FASTSEG_ISA_CALL(StrassenKernel<Conv>::operands_size)(conv);
   const int64_t pair_floats = operands + ceil_div(conv.pixels(), pairs) * conv.C;
-  const int64_t most = l2_bytes() / 2 / (pair_floats * static_cast<int64_t>(sizeof(float)));
-  const int64_t tasks = ceil_div(pairs, std::max<int64_t>(most, 1));
+  const int64_t most = l2_bytes() / 4 / (pair_floats * static_cast<int64_t>(sizeof(float)));
+  const int64_t tasks = ceil_div(pairs, std::max<int64_t>(most, 2));
   const int64_t parts = std::min(pairs, round_up(tasks, threads));
   const int64_t panels = conv.panels() / 2;
   const int64_t panel_parts = std::min(panels, ceil_div(2 * threads, parts));
@@ -80,8 +81,9 @@ void run_strassen(const Conv& conv) {
   const auto kernel = FASTSEG_ISA_CALL(StrassenKernel<Conv>::run);
   parallel_tasks(parts * panel_parts, [&](int64_t task) {
     const int64_t part = task / panel_parts, panel_part = task % panel_parts;
+    const int64_t next = std::min(part + threads, parts - 1);
     kernel(conv, part_begin(pairs, parts, part), part_begin(pairs, parts, part + 1),
-           part_begin(panels, panel_parts, panel_part),
+           part_begin(pairs, parts, next), part_begin(panels, panel_parts, panel_part),
            part_begin(panels, panel_parts, panel_part + 1),
            scratch<TaskBuffer, float>(kept * operands),
            scratch<TaskBuffer, char>(kept * pair_bytes));

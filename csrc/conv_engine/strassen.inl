@@ -25,12 +25,31 @@ struct StrassenSums {
   alignas(64) float u[kRows * kPanel], w[kRows * kPanel];
 };
 
-// One of the products. multiply(StoreTile) makes it and leaves it there, write(sums) makes it, adds
-// a tile of sums and writes the block of C; finish(rows' sums) writes C22.
-template <class Multiply, class Write, class Finish>
-FASTSEG_INLINE void strassen_product(int product, int64_t rows, StrassenSums& sums,
-                                     const Multiply& multiply, const Write& write,
-                                     const Finish& finish) {
+// Product 5: it is wanted in u and in C22.
+template <class Out>
+struct StrassenSplit {
+  Out out;
+  float *u, *w;
+  const float* base = nullptr;  // to be added to the product, kRows x kPanel
+
+  FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
+    float* to = w + r * kPanel + column;
+    store(to, load(to) + out.start(r, column));
+    return Vec{};
+  }
+  FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec q) const {
+    const int64_t at = r * kPanel + column;
+    if (base) q += load(base + at);
+    store(u + at, load(u + at) + q);
+    out.finish(r, column, load(w + at) + q);
+  }
+};
+
+// One of the products: multiply(tile) makes it, `out` is the tile of the block of C that it writes.
+// Sums are added behind the product: at its start they would be rounded with each of its terms.
+template <class Out, class Multiply>
+FASTSEG_INLINE void strassen_product(int product, StrassenSums& sums, Out out,
+                                     const Multiply& multiply) {
   float *u = sums.u, *w = sums.w;
   switch (product) {
     case 0:
@@ -39,18 +58,11 @@ FASTSEG_INLINE void strassen_product(int product, int64_t rows, StrassenSums& su
       return multiply(StoreTile{u, false, kPanel, u});
     case 3:
       return multiply(StoreTile{w, false, kPanel, u});
-    case 5: {
-      alignas(64) float q[kRows * kPanel];
-      multiply(StoreTile{q});
-      for (int64_t i = 0; i < rows * kPanel; i += kLanes) {
-        const Vec v = load(q + i);
-        store(u + i, load(u + i) + v);
-        store(w + i, load(w + i) + v);
-      }
-      return finish(w);
-    }
+    case 5:
+      return multiply(StrassenSplit<Out>{out, u, w});
     default:
-      return write(product == 4 ? w : u);
+      out.base = product == 4 ? w : u;
+      return multiply(out);
   }
 }
 

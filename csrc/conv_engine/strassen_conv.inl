@@ -22,39 +22,38 @@ struct StrassenKernel {
     return (in_place(conv) ? kStrassenSums : kStrassenProducts) * kRows * operand_row(conv);
   }
 
-  // Pairs of pixel blocks [begin, end), pairs of panels [panel_begin, panel_end). A product of all
-  // pairs follows the one before, so that the weights pass by once; but the first panels see one
-  // pair of blocks after the other, while the image comes to L2.
-  static void run(const Conv& conv, int64_t begin, int64_t end, int64_t panel_begin,
+  // Pairs of pixel blocks [begin, end), pairs of panels [panel_begin, panel_end). Each product of
+  // all pairs of blocks follows the one before, so that the weights pass by once. `next` is the
+  // pair with which the next task of the thread probably begins: its pixels come to L2 meanwhile.
+  static void run(const Conv& conv, int64_t begin, int64_t end, int64_t next, int64_t panel_begin,
                   int64_t panel_end, float* operands, void* memory) {
     Pair* pairs = static_cast<Pair*>(memory);
     const int64_t count = end - begin, size = operands_size(conv);
     for (int64_t i = 0; i < count; ++i) {
       place(conv, begin + i, pairs[i]);
       prepare(conv, operands + i * size, pairs[i]);
-      for (int product = 0; product < kStrassenProducts; ++product) {
-        if (product + 1 < kStrassenProducts) fetch_pixels(conv, pairs[i], panel_begin, product + 1);
-        const char* next = reinterpret_cast<const char*>(weights(conv, panel_begin, product + 1));
-        if (i + 1 < count && product < 4) {  // four products fetch the lines of a pair
-          const int64_t first =
-              part_begin(conv.pixels(), StrassenKernel::pairs(conv), begin + i + 1);
-          next = reinterpret_cast<const char*>(pixel(conv, first)) + product * conv.C / 2 * 64;
-        }
-        multiply(conv, pairs[i], panel_begin, product, {next, 0});
-      }
     }
-    for (int64_t panel = panel_begin + 1; panel < panel_end; ++panel) {
+    const int64_t part = conv.C / 4 * kPanel;  // what one turn of a pair fetches
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       for (int product = 0; product < kStrassenProducts; ++product) {
-        const float* next = weights(conv, panel, product + 1);
         for (int64_t i = 0; i < count; ++i) {
           if (i + 1 < count) {
             fetch_pixels(conv, pairs[i + 1], panel, product);
           } else if (product + 1 < kStrassenProducts) {
             fetch_pixels(conv, pairs[0], panel, product + 1);
           }
-          // Half of the next panel in the turn of each of two pairs.
-          const float* half = next + (i & 1) * conv.C / 4 * kPanel;
-          multiply(conv, pairs[i], panel, product, {reinterpret_cast<const char*>(half), 0});
+          // Half of the weights of the next product in the turn of each of two pairs.
+          const void* ahead = weights(conv, panel, product + 1) + (i & 1) * part;
+          if (panel + 1 == panel_end) {
+            const int64_t turn = product * count + i;
+            if (product < 4) {
+              ahead = pixel(conv, part_begin(conv.pixels(), StrassenKernel::pairs(conv), next)) +
+                      turn * part;
+            } else {
+              ahead = weights(conv, panel_begin, 0) + (turn - 4 * count) * part;
+            }
+          }
+          multiply(conv, pairs[i], panel, product, {static_cast<const char*>(ahead), 0});
         }
       }
     }
@@ -143,24 +142,17 @@ struct StrassenKernel {
     const int64_t k = (2 * panel + kStrassen[product].right) * kPanel;
     const float* b = weights(conv, panel, product);
     const Patch<float>& whole = pair.operands[product];
-    OutputPixels<Conv> out(conv, k, pair.pixels[lower]);
-    const auto sum = [&](StoreTile tile) {
-      for (int64_t d = 0; d < whole.length; d += kGemmPiece, tile.base = tile.out) {
-        patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead, tile);
-      }
-    };
-    const auto write = [&](const float* sums) {
+    const auto multiply = [&](auto tile) {
       alignas(64) float pieces[kRows * kPanel];
       int64_t d = 0;
-      for (; d + kGemmPiece < whole.length; d += kGemmPiece, sums = pieces) {
+      for (; d + kGemmPiece < whole.length; d += kGemmPiece, tile.base = pieces) {
         patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead,
-                   StoreTile{pieces, false, kPanel, sums});
+                   StoreTile{pieces, false, kPanel, tile.base});
       }
-      out.pieces = sums;
-      patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead, out);
+      patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead, tile);
     };
-    const auto finish = [&](float* sums) { finish_rows(out, rows, sums); };
-    strassen_product(product, rows, pair.sums, sum, write, finish);
+    const OutputPixels<Conv> out(conv, k, pair.pixels[lower]);
+    strassen_product(product, pair.sums, out, multiply);
   }
 
   static Patch<float> piece(const Patch<float>& whole, int64_t d) {
@@ -168,20 +160,5 @@ struct StrassenKernel {
     piece.data += d;
     piece.length = std::min(whole.length - d, kGemmPiece);
     return piece;
-  }
-
-  // Residuals are read before the first row is written, for the reason in gemm_conv.inl.
-  static void finish_rows(const OutputPixels<Conv>& out, int64_t rows, float* sums) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < kPanel; i += kLanes) {
-        float* at = sums + r * kPanel + i;
-        store(at, load(at) + out.start(r, i));
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < kPanel; i += kLanes) {
-        out.finish(r, i, load(sums + r * kPanel + i));
-      }
-    }
   }
 };
