@@ -26,13 +26,15 @@ class PackedConv2d(nn.Module):
 
     The batch norm is folded into the weights. They are packed at the first call, once for every
     algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
-    the memory of the layer, up to eight where the dilation is in the order of the map.
+    the memory of the layer, up to eight where the dilation is in the order of the map, a 1x1
+    convolution of 256 channels or more 2.75 times, see ``choose_strassen``.
 
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile` and
+        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`,
+            :func:`fastseg.ops.conv_engine.choose_strassen` and
             :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
         residual_last: the residual is added behind the activation.
