@@ -58,6 +58,7 @@ struct Convolution {
   Activation activation;
   float slope;
   bool residual_last;  // it is added behind the activation
+  int64_t strassen;    // levels of Strassen's algorithm in the products, see strassen.inl
   bool stream;         // write y past the caches
   // Max pooling by 2x2 windows with stride 2, see conv_pool.inl. Where x is such a pooled image to
   // be unpooled, x_codes says where in its window each value belongs.

@@ -48,6 +48,7 @@ struct Options {
   int64_t R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation;
   double slope;
   bool residual_last;
+  int64_t strassen;
 };
 
 // The poolings around a convolution, see conv_pool.inl: codes of x and the size that was pooled,
@@ -144,7 +145,9 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
-  check_tile<E>(o.tile, o.R, o.S);
+  check_tile<E>(o.tile, conv.K, conv.C, o.R, o.S, o.strassen);
+  FASTSEG_CHECK(!o.strassen || (o.pad_h == 0 && o.pad_w == 0),
+                "conv_engine: strassen needs padding 0, got ", o.pad_h, " and ", o.pad_w);
   FASTSEG_CHECK(o.tile == 0 || (o.stride_h == 1 && o.stride_w == 1),
                 "conv_engine: Winograd tiles need stride 1, got ", o.stride_h, " and ", o.stride_w);
   FASTSEG_CHECK(o.tile != kLineTile ||
@@ -157,7 +160,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                 "conv_engine: bordered tiles need padding == dilation and sub-grids of at most ",
                 most, " pixels, got ", conv.H, "x", conv.W, " at dilation ", o.dilation_h, "x",
                 o.dilation_w);
-  const int64_t size = packed_size<E>(conv.K, conv.C, o.R * o.S, o.tile);
+  const int64_t size = packed_size<E>(conv.K, conv.C, o.R * o.S, o.tile, o.strassen);
   FASTSEG_CHECK(
       packed.is_contiguous() && packed.numel() == size + round_up(conv.K, kPanel) * kPerWord<E>,
       "conv_engine: weights were packed for another convolution");
@@ -167,7 +170,10 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.activation = static_cast<Activation>(o.activation);
   conv.slope = static_cast<float>(o.slope);
   conv.residual_last = o.residual_last && residual;
-  conv.stream = conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
+  conv.strassen = o.strassen;
+  // A residual that is overwritten has just been read.
+  const bool in_place = residual && conv.residual.data == conv.y.data;
+  conv.stream = !in_place && conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
                 conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
                 conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
   if (o.tile == 0) {
@@ -202,7 +208,7 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
                        int64_t out_channels, int64_t R, int64_t S, int64_t stride_h,
                        int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                        int64_t dilation_w, int64_t tile, int64_t activation, double slope,
-                       bool residual_last) {
+                       bool residual_last, int64_t strassen) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
@@ -210,18 +216,19 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last});
+       residual_last, strassen});
   return out;
 }
 
 void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
                      const Tensor& out, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
                      int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w,
-                     int64_t tile, int64_t activation, double slope, bool residual_last) {
+                     int64_t tile, int64_t activation, double slope, bool residual_last,
+                     int64_t strassen) {
   FASTSEG_CHECK(x.dim() == 4 && out.dim() == 4, "conv_engine: x and out must be (N, C, H, W)");
   run(x, packed, residual, out, out.size(1),
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last});
+       residual_last, strassen});
 }
 
 void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int64_t H, int64_t W,
@@ -230,11 +237,11 @@ void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int
                       const std::optional<Tensor>& codes, int64_t out_channels, int64_t R,
                       int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                       int64_t dilation_h, int64_t dilation_w, int64_t tile, int64_t activation,
-                      double slope, bool residual_last) {
+                      double slope, bool residual_last, int64_t strassen) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last},
+       residual_last, strassen},
       {x_codes, H, W, pooled, codes});
 }
 
@@ -245,16 +252,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False) -> Tensor");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> Tensor");
   m.def(
       "conv_engine_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False) -> ()");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
   m.def(
       "conv_engine_pool(Tensor x, Tensor? x_codes, int H, int W, Tensor packed, Tensor? residual, "
       "Tensor(a!)? out, Tensor(b!)? pooled, Tensor(c!)? codes, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False) -> ()");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_engine", TORCH_BOX(&conv_engine::conv_engine_cpu));

@@ -4,8 +4,9 @@
 // Packed weight: [panel][depth / kPerWord][kPanel][kPerWord].
 
 // Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
-// of torch's convolution.
-constexpr int64_t kGemmPiece = 1024;
+// of torch's convolution. With 512 whole networks are off by 1.1e-6 where they were by 1.2e-6 with
+// 1024, root mean square; 2048 channels take 1 % longer.
+constexpr int64_t kGemmPiece = 512;
 
 // Output channels [k, k + kPanel) of a block of pixels, straight from the registers. Sums start
 // from the residual: that hides its latency under the loads of the first operands. Added at the
@@ -14,7 +15,7 @@ constexpr int64_t kGemmPiece = 1024;
 template <class Conv>
 struct OutputPixels {
   const PixelAddress<typename Conv::Storage>* pixels;
-  const float* pieces;  // sums of earlier pieces, or null
+  const float* base;  // sums to add at the end, kRows x kPanel, or null
   int64_t k;
   // Copies: a store to the image could change the originals, for all that the compiler knows.
   const float* bias;
@@ -24,7 +25,7 @@ struct OutputPixels {
 
   OutputPixels(const Conv& conv, int64_t k, const PixelAddress<typename Conv::Storage>* pixels)
       : pixels(pixels),
-        pieces(nullptr),
+        base(nullptr),
         k(k),
         bias(conv.bias + k),
         activation(conv.activation),
@@ -38,7 +39,7 @@ struct OutputPixels {
     return add_first ? v + load(pixels[r].residual + k + column) : v;
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
-    if (pieces) v += load(pieces + r * kPanel + column);
+    if (base) v += load(base + r * kPanel + column);
     v = activate(v, activation, slope);
     if (add_last) v += load(pixels[r].residual + k + column);
     auto* y = pixels[r].y + k + column;
@@ -49,6 +50,22 @@ struct OutputPixels {
     }
   }
 };
+
+// The lines of a pixel that a tile will add and those that it will write: no hardware prefetcher
+// follows rows that lie pages apart.
+template <class Conv>
+FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Conv::Storage>& pixel,
+                                int64_t k) {
+  constexpr int kLocality = 2;  // L2
+  if (conv.residual.data) {
+    __builtin_prefetch(pixel.residual + k, 0, kLocality);
+    __builtin_prefetch(pixel.residual + k + kPanel / 2, 0, kLocality);
+  }
+  if (!conv.stream) {
+    __builtin_prefetch(pixel.y + k, 1, kLocality);
+    __builtin_prefetch(pixel.y + k + kPanel / 2, 1, kLocality);
+  }
+}
 
 // One convolution on one instruction set.
 template <class Conv>
@@ -142,23 +159,8 @@ struct GemmKernel {
     return {reinterpret_cast<const char*>(weight), 0};
   }
 
-  // The lines that a tile will add and those that it will write: no hardware prefetcher follows
-  // rows that lie pages apart.
   FASTSEG_INLINE void fetch_pixels(const Conv& conv, const Block& block, int64_t panel) {
-    constexpr int kLocality = 2;  // L2
-    const int64_t k = panel * kPanel;
-    if (conv.residual.data) {
-      for (int64_t r = 0; r < block.rows; ++r) {
-        __builtin_prefetch(block.pixels[r].residual + k);
-        __builtin_prefetch(block.pixels[r].residual + k + kPanel / 2);
-      }
-    }
-    if (!conv.stream) {
-      for (int64_t r = 0; r < block.rows; ++r) {
-        __builtin_prefetch(block.pixels[r].y + k, 1, kLocality);
-        __builtin_prefetch(block.pixels[r].y + k + kPanel / 2, 1, kLocality);
-      }
-    }
+    for (int64_t r = 0; r < block.rows; ++r) fetch_pixel(conv, block.pixels[r], panel * kPanel);
   }
 
   // One panel of a block.
@@ -193,7 +195,7 @@ struct GemmKernel {
             const bool last = h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
                               d + length >= whole.length;
             if (last && vectors) {
-              out.pieces = pieces;
+              out.base = pieces;
               return patch_tile(rows, columns, piece, b, ahead, out);
             }
             patch_tile(rows, columns, piece, b, ahead, StoreTile{pieces, !first});

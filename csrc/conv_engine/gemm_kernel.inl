@@ -3,5 +3,7 @@
 #include "conv_engine/kernel_begin.inl"
 #include "conv_engine/gemm_conv.inl"
 #include "conv_engine/narrow_conv.inl"
+#include "conv_engine/strassen.inl"
+#include "conv_engine/strassen_conv.inl"
 #include "conv_engine/kernel_end.inl"
 // clang-format on

@@ -176,11 +176,13 @@ static void gemm_tile(int64_t rows, int64_t columns, const E* a, const E* b, int
   gemm_tile(rows, columns, a, b, Ahead<E>{b + depth * kPanel, kGroup}, depth, out);
 }
 
-// Plain sums, row r at out + r * stride, added to what is there or not.
+// Plain sums, row r at out + r * stride. Added are, where `base` is not null, a tile of sums and,
+// with `add`, what is there.
 struct StoreTile {
   float* out;
   bool add = false;
   int64_t stride = kPanel;
+  const float* base = nullptr;  // kRows x kPanel
   // Where the sums lie in L3, their lines come in the time of the products: 1 to 5 %.
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
     __builtin_prefetch(out + r * stride + column, 1, 2);
@@ -188,6 +190,7 @@ struct StoreTile {
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
     float* to = out + r * stride + column;
+    if (base) v += load(base + r * kPanel + column);
     store(to, add ? v + load(to) : v);
   }
 };

@@ -16,6 +16,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/strassen.h"
 #include "conv_engine/tiles.h"
 #include "conv_engine/winograd.h"
 
@@ -64,25 +65,47 @@ void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, E* packe
   });
 }
 
+// See strassen_conv.inl for the form.
+void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
+  const int64_t half = C / 2;
+  parallel_tasks(K / (2 * kPanel), [&](int64_t pair) {
+    float* dst = packed + pair * kStrassenProducts * half * kPanel;
+    for (int64_t c = 0; c < half; ++c) {
+      for (int64_t k = 0; k < kPanel; ++k) {
+        const float* left = weight + (2 * pair * kPanel + k) * C + c;
+        const float* right = left + kPanel * C;
+        double operands[kStrassenProducts];
+        strassen_weights(left[0], right[0], left[half], right[half], operands);
+        for (int i = 0; i < kStrassenProducts; ++i) {
+          dst[(i * half + c) * kPanel + k] = static_cast<float>(operands[i]);
+        }
+      }
+    }
+  });
+}
+
 // weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
 // which is float32 in any case.
 template <typename E>
-Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile) {
+Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
+            int64_t strassen) {
   FASTSEG_CHECK(
       weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
       "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  check_tile<E>(tile, weight.size(2), weight.size(3));
+  check_tile<E>(tile, K, C, weight.size(2), weight.size(3), strassen);
   FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),
                 "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
-  const int64_t size = packed_size<E>(K, C, taps, tile);
+  const int64_t size = packed_size<E>(K, C, taps, tile, strassen);
   const Tensor packed =
       torch::stable::new_zeros(weight, {size + round_up(K, kPanel) * kPerWord<E>},
                                std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
   E* dst = packed.mutable_data_ptr<E>();
   const float* src = weight.const_data_ptr<float>();
-  if (tile == 0) {
+  if (strassen) {
+    if constexpr (std::is_same_v<E, float>) pack_strassen(src, K, C, dst);
+  } else if (tile == 0) {
     pack_gemm(src, K, C, taps, dst);
   } else if (tile == kLineTile) {
     if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
@@ -94,15 +117,18 @@ Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t til
 }
 
 Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
-                        bool bfloat16) {
-  return bfloat16 ? pack<BFloat16>(weight, bias, tile) : pack<float>(weight, bias, tile);
+                        bool bfloat16, int64_t strassen) {
+  return bfloat16 ? pack<BFloat16>(weight, bias, tile, strassen)
+                  : pack<float>(weight, bias, tile, strassen);
 }
 
 }  // namespace
 }  // namespace conv_engine
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
-  m.def("conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False) -> Tensor");
+  m.def(
+      "conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False, "
+      "int strassen=0) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_engine_pack", TORCH_BOX(&conv_engine::conv_engine_pack));

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/strassen.h"
 #include "conv_engine/winograd.h"
 
 namespace fastseg {
@@ -41,7 +42,8 @@ void dispatch_tile(int64_t tile, Fn&& fn) {
 
 // Elements of packed weights, without the bias behind them.
 template <typename E>
-int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
+int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile, int64_t strassen) {
+  if (strassen) return packed_size<E>(K, C, taps, tile, 0) / 4 * kStrassenProducts;
   if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kLine<E>);
   if (tile == kLineTile) {
     return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
@@ -54,7 +56,14 @@ int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile) {
 
 // Whether the kernels of this tile compute such a convolution.
 template <typename E>
-void check_tile(int64_t tile, int64_t R, int64_t S) {
+void check_tile(int64_t tile, int64_t K, int64_t C, int64_t R, int64_t S, int64_t strassen) {
+  FASTSEG_CHECK(strassen == 0 || strassen == 1, "conv_engine: strassen must be 0 or 1 level, got ",
+                strassen);
+  FASTSEG_CHECK(!strassen || (std::is_same_v<E, float> && tile == 0 && R * S == 1 &&
+                              C % (2 * kGroup) == 0 && K % (2 * kPanel) == 0),
+                "conv_engine: strassen needs float32 products of a 1x1 kernel with input channels "
+                "in multiples of 32 and output channels of 64, got tile ",
+                tile, ", a ", R, "x", S, " kernel, ", C, " and ", K, " channels");
   FASTSEG_CHECK(tile != kLineTile || (std::is_same_v<E, float>),
                 "conv_engine: tile 5 has float32 products alone");
   if (tile == kLineTile) {

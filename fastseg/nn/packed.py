@@ -10,6 +10,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 from ..ops.conv_engine import (
     PackedConv,
     activate,
+    choose_strassen,
     choose_tile,
     conv_engine,
     output_size,
@@ -25,13 +26,15 @@ class PackedConv2d(nn.Module):
 
     The batch norm is folded into the weights. They are packed at the first call, once for every
     algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
-    the memory of the layer, up to eight where the dilation is in the order of the map.
+    the memory of the layer, up to eight where the dilation is in the order of the map, a 1x1
+    convolution of 256 channels or more 2.75 times, see ``choose_strassen``.
 
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
         activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
-        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile` and
+        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`,
+            :func:`fastseg.ops.conv_engine.choose_strassen` and
             :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
         residual_last: the residual is added behind the activation.
@@ -91,17 +94,18 @@ class PackedConv2d(nn.Module):
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
-        self._packed: dict[tuple[int, torch.dtype], PackedConv] = {}
+        self._packed: dict[tuple[int, torch.dtype, int], PackedConv] = {}
         self._prepared: dict[tuple[int, ...], tuple[PackedConv, tuple[int, ...]]] = {}
 
-    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
-        """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
+    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype, int]:
+        """``tile``, ``products`` and ``strassen`` of ``pack_conv`` for an input of this size."""
         K, C, *kernel = self.weight.shape
         stride, padding, dilation = self._geometry()
         layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
+        tile, products = choose_tile(*layer), torch.float32
         if self.dtype == torch.bfloat16:
-            return choose_algorithm(*layer)
-        return choose_tile(*layer), torch.float32
+            tile, products = choose_algorithm(*layer)
+        return tile, products, choose_strassen(*layer, tile=tile, products=products)
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         K, _, *kernel = self.weight.shape
@@ -140,10 +144,15 @@ class PackedConv2d(nn.Module):
         key = self.algorithm(x)
         packed = self._packed.get(key)
         if packed is None:
-            tile, products = key
+            tile, products, strassen = key
             with torch.inference_mode(False):
                 packed = pack_conv(
-                    self.weight, self.bias, **self.options, tile=tile, products=products
+                    self.weight,
+                    self.bias,
+                    **self.options,
+                    tile=tile,
+                    products=products,
+                    strassen=strassen,
                 )
             self._packed[key] = packed
         prepared = packed, self.output_shape(x)

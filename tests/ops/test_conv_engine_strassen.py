@@ -1,0 +1,176 @@
+"""Strassen's algorithm in the engine's products against torch in float64."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastseg.nn.packed import PackedConv2d
+from fastseg.ops.conv_engine import (
+    choose_strassen,
+    conv_engine,
+    conv_engine_reference,
+    pack_conv,
+)
+from tests.ops.test_conv_engine import case, exact_result, relative_error
+
+ALLOWED = 5e-6  # largest error over largest output that the accuracy policy allows
+CASES = [  # N, C, H, W, K, stride
+    (1, 256, 17, 19, 128, (1, 1)),
+    (1, 64, 1, 1, 64, (1, 1)),  # no lower block
+    (2, 32, 3, 9, 192, (1, 1)),  # two blocks of unequal rows on AVX-512
+    (3, 96, 11, 5, 64, (1, 1)),  # blocks that reach over two images
+    (1, 2080, 6, 7, 64, (1, 1)),  # halves summed in pieces
+    (2, 64, 9, 12, 128, (2, 3)),
+]
+
+
+def packed(shape, **options):
+    N, C, H, W, K, stride = shape
+    options = {"stride": stride, "activation": "relu", **options}
+    tensors = case(N, C, H, W, K, (1, 1), **options)
+    conv = pack_conv(*tensors[1:3], **options, strassen=1)
+    return tensors, conv, options
+
+
+@pytest.mark.parametrize("residual_last", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_products(shape, activation, residual_last, cpu_isa):
+    tensors, conv, options = packed(shape, activation=activation, residual_last=residual_last)
+    y = conv_engine(tensors[0], conv, tensors[3])
+    assert relative_error(y, exact_result(*tensors, **options)) <= ALLOWED
+    exact = exact_result(*tensors[:3], None, **options)
+    assert relative_error(conv_engine(tensors[0], conv), exact) <= ALLOWED
+
+
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_bfloat16_images(shape, cpu_isa):
+    """Multiplied in float32 and rounded once."""
+    (x, weight, bias, residual), conv, options = packed(shape)
+    x, residual = x.bfloat16(), residual.bfloat16()
+    y, exact = conv_engine(x, conv, residual), exact_result(x, weight, bias, residual, **options)
+    assert torch.allclose(y.double(), exact, rtol=2**-8, atol=ALLOWED * exact.abs().max())
+
+
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_slices(shape):
+    """Images whose pixels or lines lie apart in memory; the result between channels of another."""
+    (x, _, _, residual), conv, _ = packed(shape)
+    expected = conv_engine(x, conv, residual)
+    N, C, H, W = x.shape
+    wide = torch.randn(N, C + 8, H + 1, W + 2).contiguous(memory_format=torch.channels_last)
+    wide[:, 5:-3, 1:, 1:-1] = x
+    K = residual.shape[1]
+    out = torch.randn(N, K + 7, *residual.shape[2:]).contiguous(memory_format=torch.channels_last)
+    before = out.clone(memory_format=torch.preserve_format)
+    conv_engine(wide[:, 5:-3, 1:, 1:-1], conv, residual, out=out[:, 4:-3])
+    assert torch.equal(out[:, 4:-3], expected)
+    assert torch.equal(out[:, :4], before[:, :4])
+    assert torch.equal(out[:, -3:], before[:, -3:])
+    assert torch.equal(conv_engine(x.contiguous(), conv, residual.contiguous()), expected)
+
+
+def test_written_over_the_residual():
+    (x, _, _, residual), conv, _ = packed((1, 64, 130, 131, 128, (1, 1)))  # large enough to stream
+    expected = conv_engine(x, conv, residual)
+    out = residual.clone(memory_format=torch.preserve_format)
+    assert torch.equal(conv_engine(x, conv, out, out=out), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 65, 65, 128, (1, 1)), (1, 512, 9, 9, 1024, (1, 1))])
+def test_same_bits_with_any_thread_count(shape, threads):
+    (x, _, _, residual), conv, _ = packed(shape)
+    threads(2)
+    two = conv_engine(x, conv, residual)
+    assert torch.equal(conv_engine(x, conv, residual), two)
+    threads(1)
+    assert torch.equal(conv_engine(x, conv, residual), two)
+
+
+def test_empty_batch():
+    (x, _, _, _), conv, _ = packed((1, 64, 5, 5, 64, (1, 1)))
+    assert conv_engine(x[:0], conv).shape == (0, 64, 5, 5)
+
+
+def test_integers_are_exact():
+    """Products and sums of small integers do not round, so every one of the seven must be right."""
+    x = torch.randint(-8, 9, (1, 128, 13, 15)).float().contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-8, 9, (192, 128, 1, 1)).float()
+    expected = conv_engine_reference(x, weight)
+    assert torch.equal(conv_engine(x, pack_conv(weight, strassen=1)), expected)
+
+
+def test_choice():
+    def choice(C, K, kernel=(1, 1), size=(65, 65), **options):
+        return choose_strassen(C, K, kernel, size, **options)
+
+    assert choice(256, 256) == choice(2048, 512) == choice(512, 2048, size=(7, 7)) == 1
+    assert choice(256, 512, stride=(2, 2)) == 1
+    assert choice(128, 512) == choice(512, 128) == 0  # the sums cost as much as they save
+    assert choice(512, 2048, size=(1, 1)) == 0  # no lower block
+    assert choice(1040, 256) == choice(256, 272) == 0  # no whole halves
+    assert choice(256, 256, padding=(1, 1)) == choice(256, 256, kernel=(3, 3)) == 0
+    assert choice(256, 256, accuracy="strict") == choice(256, 256, products=torch.bfloat16) == 0
+
+
+@pytest.mark.parametrize("accuracy", ["default", "strict"])
+def test_chosen_by_the_layer(accuracy):
+    layer = PackedConv2d(torch.nn.Conv2d(256, 256, 1), accuracy=accuracy)
+    x = torch.randn(1, 256, 9, 11).contiguous(memory_format=torch.channels_last)
+    assert layer.prepare(x)[0].strassen == (accuracy == "default")
+    exact = conv_engine_reference(x.double(), layer.weight.double(), layer.bias.double())
+    assert relative_error(layer(x), exact) <= ALLOWED
+    assert layer.prepare(x[:, :, :5, :5])[0].strassen == 0
+
+
+def test_not_a_number_reaches_the_partner_alone():
+    """Pixels are paired in blocks of at most 28: those further away do not see it."""
+    x = torch.randn(1, 256, 20, 20).contiguous(memory_format=torch.channels_last)
+    conv = pack_conv(torch.randn(256, 256, 1, 1), strassen=1)
+    expected = conv_engine(x, conv)
+    x[0, 7, 10, 10] = float("nan")
+    y = conv_engine(x, conv)
+    changed = (y != expected).any(1).flatten().nonzero().flatten()
+    assert 210 in changed.tolist()
+    assert len(changed) <= 2
+
+
+def test_operator_registration():
+    (x, weight, bias, _), conv, _ = packed((1, 64, 6, 7, 64, (1, 1)))
+    tests = ("test_schema", "test_faketensor")
+    opcheck(
+        torch.ops.fastseg.conv_engine_pack.default,
+        (weight, bias, 0, False, 1),
+        test_utils=tests,
+    )
+    opcheck(
+        torch.ops.fastseg.conv_engine.default,
+        (x, conv.packed, None, 64, *conv.options()),
+        test_utils=tests,
+    )
+    opcheck(
+        torch.ops.fastseg.conv_engine_out.default,
+        (x, conv.packed, None, torch.empty_like(x), *conv.options()),
+        test_utils=tests,
+    )
+    compiled = torch.compile(
+        lambda t: conv_engine(t, conv) + 1, backend="aot_eager", fullgraph=True
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(x), conv_engine(x, conv) + 1)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="multiples of 32 and output channels of 64"):
+        pack_conv(torch.randn(64, 48, 1, 1), strassen=1)
+    with pytest.raises(ValueError, match="multiples of 32 and output channels of 64"):
+        pack_conv(torch.randn(96, 64, 1, 1), strassen=1)
+    with pytest.raises(ValueError, match="float32 products of a 1x1 kernel"):
+        pack_conv(torch.randn(64, 64, 3, 3), strassen=1)
+    with pytest.raises(ValueError, match="float32 products of a 1x1 kernel"):
+        pack_conv(torch.randn(64, 64, 1, 1), strassen=1, products=torch.bfloat16)
+    with pytest.raises(ValueError, match="strassen must be 0 or 1 level, got 2"):
+        pack_conv(torch.randn(64, 64, 1, 1), strassen=2)
+    conv = pack_conv(torch.randn(64, 64, 1, 1), padding=(1, 0), strassen=1)
+    with pytest.raises(ValueError, match="strassen needs padding 0, got 1 and 0"):
+        conv_engine(torch.randn(1, 64, 5, 5), conv)
