@@ -39,7 +39,7 @@ struct OutputPixels {
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
     if (pieces) v += load(pieces + r * kPanel + column);
-    v = activate(v, activation, slope);
+    v = activate_short(v, activation, slope);
     if (add_last) v += load(pixels[r].residual + k + column);
     auto* y = pixels[r].y + k + column;
     if (stream) {
@@ -167,7 +167,7 @@ struct GemmKernel {
     const int64_t k = panel * kPanel, rows = block.rows;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
     const E* b = conv.weight + k * conv.depth() + block.skipped * whole.length * kPanel;
-    const bool vectors = columns % kLanes == 0;
+    const bool vectors = columns % kLanes == 0 && is_short(conv.activation);
     alignas(64) float pieces[kRows * kPanel];
     OutputPixels<Conv> out(conv, k, block.pixels);
     if (whole.runs_h * whole.runs_w * whole.length <= kGemmPiece) {

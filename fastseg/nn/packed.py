@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from ..ops.conv_engine import (
+    DEPTHWISE,
     PackedConv,
     activate,
     choose_tile,
@@ -30,7 +31,7 @@ class PackedConv2d(nn.Module):
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
-        activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
+        activation: a key of ``ops.conv_engine.ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
         accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile` and
             :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
@@ -96,6 +97,8 @@ class PackedConv2d(nn.Module):
 
     def algorithm(self, x: Tensor) -> tuple[int, torch.dtype]:
         """``tile`` and ``products`` of ``pack_conv`` for an input of this size."""
+        if self.groups > 1:
+            return DEPTHWISE, torch.float32
         K, C, *kernel = self.weight.shape
         stride, padding, dilation = self._geometry()
         layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
@@ -153,6 +156,8 @@ class PackedConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
+        if self.groups > 1:
+            C = K
         return f"{C}, {K}, kernel_size=({R}, {S}), " + ", ".join(
             f"{name}={value}"
             for name, value in self.options.items()
@@ -178,7 +183,7 @@ def unsupported(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
     assert isinstance(conv, nn.Conv2d)
     if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
         return f"weights are {conv.weight.dtype} on {conv.weight.device}, not float32 on the CPU"
-    if conv.groups != 1:
+    if conv.groups != 1 and conv.weight.shape[:2] != (conv.groups, 1):
         return f"{conv.groups} groups"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode}"

@@ -16,7 +16,15 @@ from ..nn.packed import PackedConv2d, unsupported
 from .tracing import IN_PLACE, has_hooks
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+# By the name that the engine has for them; layers, functions, methods.
+ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), "hardsigmoid"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
+}
 LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
 # What these layers and functions do in evaluation mode is nothing.
 NOTHING = (nn.Dropout, nn.Dropout2d, nn.Identity)
@@ -247,12 +255,11 @@ class Fusion:
         module = self.module(node)
         if node is None:
             return "none", 0.0
-        if (
-            is_plain(module, nn.ReLU)
-            or (node.op == "call_function" and node.target in RELUS)
-            or (node.op == "call_method" and node.target in ("relu", "relu_"))
-        ):
-            return "relu", 0.0
+        kind: Any = node.target
+        if node.op == "call_module":
+            kind = type(module) if is_plain(module, type(module)) else None
+        if kind in ACTIVATIONS:
+            return ACTIVATIONS[kind], 0.0
         if isinstance(module, nn.LeakyReLU) and is_plain(module, nn.LeakyReLU):
             return "leaky_relu", module.negative_slope
         if node.op == "call_function" and node.target in LEAKY_RELUS:
