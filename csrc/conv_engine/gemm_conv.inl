@@ -70,7 +70,7 @@ struct GemmKernel {
     const bool dense = conv.x.pixel == conv.C || !kSame;
     form.taps = conv.dilation_w == 1 && dense ? conv.S : 1;
     const bool words = form.taps * conv.C % kPerWord<E> == 0;
-    if (kSame && words && conv.is_pointwise()) {
+    if (kSame && words && conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W) {
       form.rows = GemmForm::kFlat;
       form.blocks = ceil_div(conv.pixels(), kRows);
     } else if (words && 2 * conv.Wo > kRows) {

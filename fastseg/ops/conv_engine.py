@@ -225,7 +225,9 @@ def pack_conv(
     if products not in (torch.float32, torch.bfloat16):
         raise ValueError(f"pack_conv: products must be float32 or bfloat16, got {products}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"pack_conv: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(
+            f"pack_conv: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}"
+        )
     K, C, R, S = weight.shape
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None

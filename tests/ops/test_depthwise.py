@@ -71,7 +71,8 @@ def test_residual_slices_and_bfloat16(shape, dtype, residual_last, cpu_isa):
     y = conv_engine(x, conv, residual, out=whole[:, 3 : C + 3])
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
     assert (y - exact).abs().max() <= rounding * exact.abs().max()
-    assert (whole[:, :3] == 7).all() and (whole[:, C + 3 :] == 7).all()  # nothing else is written
+    assert (whole[:, :3] == 7).all()  # nothing else is written
+    assert (whole[:, C + 3 :] == 7).all()
 
 
 def test_fuzz(cpu_isa):
@@ -83,7 +84,8 @@ def test_fuzz(cpu_isa):
     for _ in range(150):
         kernel, stride = (draw(1, 5), draw(1, 5)), (draw(1, 3), draw(1, 3))
         dilation, padding = (draw(1, 4), draw(1, 4)), (draw(0, 6), draw(0, 6))
-        least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
+        axes = zip(dilation, kernel, padding, strict=True)
+        least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in axes]
         size = [n + draw(0, 20) for n in least]
         x, weight, bias, options = case(
             (draw(1, 3), draw(1, 70), *size, kernel, stride, padding, dilation)
@@ -129,7 +131,9 @@ def test_activations_at_the_ends(activation, cpu_isa):
     x = x.contiguous(memory_format=torch.channels_last)
     conv = pack_conv(torch.ones(16, 1, 1, 1), tile=DEPTHWISE, activation=activation)
     assert_as_accurate(
-        conv_engine(x, conv), ACTIVATIONS[activation](x, 0.0), ACTIVATIONS[activation](x.double(), 0.0)
+        conv_engine(x, conv),
+        ACTIVATIONS[activation](x, 0.0),
+        ACTIVATIONS[activation](x.double(), 0.0),
     )
     assert conv_engine(torch.full_like(x, torch.nan), conv).isnan().all()
 
