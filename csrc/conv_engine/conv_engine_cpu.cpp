@@ -11,6 +11,7 @@
 #include "common/counters.h"
 #include "common/dispatch.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/few_channels.h"
 #include "conv_engine/images.h"
 #include "conv_engine/run.h"
 #include "conv_engine/tiles.h"
@@ -154,7 +155,10 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.stream = conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
                 conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
                 conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
-  if (o.tile == 0) {
+  if (o.tile == 0 && has_few_channels(conv)) {
+    FASTSEG_COUNT("conv_engine.few_channels");
+    if constexpr (std::is_same_v<E, float>) run_few_channels(conv);
+  } else if (o.tile == 0) {
     run_gemm(conv);
   } else if (o.tile == kDepthwiseTile) {
     FASTSEG_COUNT("conv_engine.depthwise");

@@ -29,10 +29,11 @@ struct DepthwiseKernel {
         taps.columns = segment.s1 - segment.s0;
         taps.weight = conv.weight + (r0 * conv.S + segment.s0) * weights;
         taps.weight_row = conv.S * weights, taps.weight_column = weights;
-        // Of stride 1 the pixels of a block lie `apart` as the taps do: they read the same pixels.
-        const int64_t apart = conv.stride_w == 1 ? conv.dilation_w : 1;
-        taps.step = conv.stride_w * apart * conv.x.pixel;
+        // Where all taps are inside and the stride is 1, the pixels of a block lie as far apart as
+        // the taps: they read the same pixels of the image.
         const bool shared = conv.stride_w == 1 && taps.columns == conv.S;
+        const int64_t apart = shared ? conv.dilation_w : 1;
+        taps.step = conv.stride_w * apart * conv.x.pixel;
         for (int64_t first = 0; first < std::min(apart, segment.end - segment.begin); ++first) {
           const int64_t width = ceil_div(segment.end - segment.begin - first, apart);
           const int64_t blocks = ceil_div(width, kDepthwisePixels);
@@ -108,7 +109,7 @@ struct DepthwiseKernel {
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p) {
       __builtin_prefetch(taps.ahead + p * step + c, 0, 2);
-      __builtin_prefetch(to.y + p * to.step + c + 2 * kLanes, 1, 2);
+      __builtin_prefetch(to.y + (P + p) * to.step + c, 1, 2);  // where the next block writes
     }
     const T* line = taps.x + c;
     const float* weights = taps.weight + c;

@@ -60,16 +60,16 @@ void run_depthwise(const Conv& given) {
   const int64_t lines = conv.N * conv.Ho, threads = torch::stable::get_num_threads();
   const int64_t window = std::min(conv.H, (conv.R - 1) * conv.dilation_h + conv.stride_h);
   const int64_t most = l2_bytes() / 2 / (window * conv.W * static_cast<int64_t>(sizeof(T)));
-  const int64_t block = std::max<int64_t>(most / kPanel, 2) * kPanel;
-  const int64_t blocks = ceil_div(conv.C, block);
+  const int64_t blocks = ceil_div(conv.panels(), std::max<int64_t>(most / kPanel, 2));
   const int64_t vectors = lines * conv.Wo * conv.R * conv.S * ceil_div(conv.C, kGroup);
   const int64_t wanted = std::clamp<int64_t>(vectors / kTaskVectors, 1, 8 * threads);
   const int64_t parts = std::min(lines, ceil_div(wanted, blocks));
   const auto kernel = FASTSEG_ISA_CALL(DepthwiseKernel<Conv>::run);
   parallel_tasks(parts * blocks, [&](int64_t task) {
-    const int64_t part = task % parts, c = task / parts * block;
+    const int64_t part = task % parts, block = task / parts;
     kernel(conv, cuts.data(), static_cast<int64_t>(cuts.size()), part_begin(lines, parts, part),
-           part_begin(lines, parts, part + 1), c, std::min(conv.C, c + block));
+           part_begin(lines, parts, part + 1), part_begin(conv.panels(), blocks, block) * kPanel,
+           std::min(conv.C, part_begin(conv.panels(), blocks, block + 1) * kPanel));
   });
 }
 

@@ -7,7 +7,8 @@ costs the same. A sub-grid is cut into tiles of m and m - 1 outputs, so that non
 the shorter ones are F(m, 3) without one of its points. Where the dilation is half of the image or
 more, a sub-grid of two by two pixels between zero borders takes 3 x 3 multiplications, one pixel
 takes one; from a third on, three pixels take F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k
-kernels take F(5, 5) along their axis, in groups of five taps.
+kernels take F(5, 5) along their axis, in groups of five taps. Depthwise convolutions, and 3-wide
+kernels over images of one or three channels, have kernels of their own.
 
 Accuracy, as the largest error over the largest output against float64 on unit-variance data:
 
