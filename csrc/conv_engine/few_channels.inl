@@ -63,6 +63,7 @@ struct FewChannelsKernel {
     for (int64_t r = 0; r < rows; ++r, x += row, weight += kRun * kPanel) {
 #pragma GCC unroll 12
       for (int d = 0; d < kRun; ++d) {
+        asm("" : "+r"(x));  // else values that several pixels read are kept, and sums spilled
         Vec panel[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) panel[v] = load(weight + d * kPanel + v * kLanes);
