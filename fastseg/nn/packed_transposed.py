@@ -19,7 +19,8 @@ class PackedConvTranspose2d(nn.Module):
 
     Args:
         conv: one for which :func:`unsupported_transposed` has no objection.
-        bn, activation, negative_slope, accuracy, dtype, residual_last: as for ``PackedConv2d``.
+        bn, activation, negative_slope, dtype, residual_last: as for ``PackedConv2d``.
+        accuracy: taken for the same reason; a matrix product is exact enough for each of them.
 
     Shapes: x (N, C, H, W), residual (N, K, Ho, Wo) -> (N, K, Ho, Wo), channels last.
 
@@ -72,9 +73,8 @@ class PackedConvTranspose2d(nn.Module):
             "negative_slope": negative_slope,
             "residual_last": residual_last,
         }
-        # bfloat16 products only where they are exact enough for the default and fast
-        rounds = dtype == torch.bfloat16 and accuracy != "strict" and _C.bf16_products()
-        self.products = torch.bfloat16 if rounds else torch.float32
+        rounded = dtype == torch.bfloat16 and _C.bf16_products()  # as other matrix products are
+        self.products = torch.bfloat16 if rounded else torch.float32
         self.place: Any = None  # where results go, a fastseg.memory_plan.Place
         self._packed: PackedConvTransposed | None = None
 
