@@ -106,10 +106,13 @@ struct DepthwiseKernel {
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p) acc[p] = bias;
     const int64_t step = taps.step;
+    // Where the next block writes, or of many channels the next but one vector: their next block is
+    // on other pages, and 672 channels took 0.34 instead of 0.28 ms.
+    const T* next = to.y + c + (conv.C > 4 * kLanes ? 2 * kLanes : P * to.step);
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p) {
       __builtin_prefetch(taps.ahead + p * step + c, 0, 2);
-      __builtin_prefetch(to.y + (P + p) * to.step + c, 1, 2);  // where the next block writes
+      __builtin_prefetch(next + p * to.step, 1, 2);
     }
     const T* line = taps.x + c;
     const float* weights = taps.weight + c;
