@@ -12,6 +12,8 @@ CASES = [
     ("torchvision", "deeplabv3_resnet50", None, 513),
     ("torchvision", "lraspp_mobilenet_v3_large", None, 512),
     ("smp", "Unet", "resnet34", 512),
+    ("smp", "Unet", "mobilenet_v2", 512),
+    ("smp", "Unet", "efficientnet-b0", 512),
     ("smp", "PSPNet", "resnet50", 512),
     ("smp", "DeepLabV3Plus", "resnet50", 512),
     ("smp", "FPN", "resnet34", 512),

@@ -20,13 +20,15 @@ from torch import Tensor, fx, nn
 
 from .nn.packed import PackedConv2d
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
+from .nn.packed_transposed import PackedConvTranspose2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
 from .nn.pyramid_pooling import GridPool2d, PyramidConv2d
 from .nn.resize import Resize2d
 
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
-STRIDED = (PackedConv2d, PooledConv2d, UnpooledConv2d, Resize2d)
+PACKED = (PackedConv2d, PackedConvTranspose2d)
+STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
 FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, operator.add, torch.add)
@@ -122,8 +124,8 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
         module: Any = modules[str(source.target)]
         if isinstance(module, Resize2d | PyramidConv2d):
             return module  # which looks at the dtype itself
-        conv = module if isinstance(module, PackedConv2d) else getattr(module, "conv", None)
-        if not isinstance(conv, PackedConv2d) or conv.dtype != dtype:
+        conv = module if isinstance(module, PACKED) else getattr(module, "conv", None)
+        if not isinstance(conv, PACKED) or conv.dtype != dtype:
             return None
         if isinstance(module, PooledConv2d):
             index: Any = node.args[1] if source is not node else None
@@ -250,8 +252,9 @@ def _channels(node: fx.Node, modules: dict[str, nn.Module], dtype: torch.dtype) 
     source: Any = node.args[0] if node.args else None
     if node.op == "call_module":
         module: Any = modules[str(node.target)]
-        if isinstance(module, PackedConv2d):
-            K = module.weight.shape[0] if module.dtype == dtype else None
+        if isinstance(module, PACKED):
+            transposed = isinstance(module, PackedConvTranspose2d)
+            K = module.weight.shape[transposed] if module.dtype == dtype else None
             return None if K == 1 and len(node.args) > 1 else K  # the sum may broadcast
         if isinstance(module, UnpooledConv2d):
             return module.conv.weight.shape[0] if module.conv.dtype == dtype else None

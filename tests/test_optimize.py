@@ -99,7 +99,7 @@ def check(model, x, **options):
 def test_traced_network(accuracy):
     fast = check(randomise(Net()), torch.randn(2, 3, 45, 37), accuracy=accuracy)
     kinds = [type(m) for m in fast.modules()]
-    assert kinds.count(PackedConv2d) == 9  # every convolution but the depthwise one, shared twice
+    assert kinds.count(PackedConv2d) == 10  # every convolution, shared twice
     assert kinds.count(nn.BatchNorm2d) == 1
     assert nn.ReLU not in kinds
     assert nn.Dropout not in kinds
@@ -165,7 +165,7 @@ def test_explain():
     fast = fastseg.optimize(randomise(Net()))
     text = fastseg.explain(fast)
     assert "stem.0: convolution engine, 3, 32, kernel_size=(7, 7)" in text
-    assert "depthwise: left to torch, 32 groups" in text
+    assert "depthwise: convolution engine, 32, 32, kernel_size=(3, 3)" in text
     assert "late_bn: left to torch, not behind a convolution of its own" in text
 
 

@@ -29,7 +29,17 @@ constexpr int kMaxRows = 14;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-enum class Activation : int { kNone = 0, kRelu = 1, kLeakyRelu = 2 };
+enum class Activation : int {
+  kNone = 0,
+  kRelu = 1,
+  kLeakyRelu = 2,  // up to here one or two instructions, see epilogue.inl
+  kRelu6 = 3,
+  kHardSwish = 4,
+  kHardSigmoid = 5,
+  kSilu = 6,
+  kSigmoid = 7,
+};
+constexpr int64_t kActivations = 8;
 
 // A channels-last image batch: the channel stride is 1.
 template <typename T>

@@ -11,6 +11,8 @@
 #include "common/counters.h"
 #include "common/dispatch.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/few_channels.h"
+#include "conv_engine/images.h"
 #include "conv_engine/run.h"
 #include "conv_engine/tiles.h"
 
@@ -20,28 +22,6 @@ namespace {
 
 // From this size on outputs are written past the caches: nobody would find them there anyway.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
-
-template <typename T>
-void check_image(const Tensor& t, const char* name) {
-  constexpr bool kFloat = std::is_same_v<T, float>;
-  FASTSEG_CHECK(t.dim() == 4 &&
-                    t.scalar_type() == (kFloat ? ScalarType::Float : ScalarType::BFloat16) &&
-                    (t.stride(1) == 1 || t.size(1) == 1),
-                "conv_engine: ", name, " must be a ", kFloat ? "float32" : "bfloat16",
-                " image (N, C, H, W), channels last");
-}
-
-template <typename T>
-Image<const T> input_image(const Tensor& t, const char* name) {
-  check_image<T>(t, name);
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
-}
-
-template <typename T>
-Image<T> output_image(const Tensor& t, const char* name) {
-  check_image<T>(t, name);
-  return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
-}
 
 // The part of the arguments that both ops share, in the order of the schema.
 struct Options {
@@ -90,7 +70,7 @@ bool windows_fit(int64_t windows, int64_t size) {
 template <class Conv>
 void set_poolings(Conv& conv, const Tensor& x, const Poolings& p, int64_t tile) {
   using T = typename Conv::Storage;
-  const bool winograd = tile != 0 && tile != kLineTile;
+  const bool winograd = tile != 0 && tile != kLineTile && tile != kDepthwiseTile;
   if (p.x_codes) {
     FASTSEG_CHECK(winograd, "conv_engine: only square Winograd tiles unpool, got tile ", tile);
     const Image<uint8_t> codes = code_image(*p.x_codes, x);
@@ -148,7 +128,12 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   check_tile<E>(o.tile, conv.K, conv.C, o.R, o.S, o.strassen);
   FASTSEG_CHECK(!o.strassen || (o.pad_h == 0 && o.pad_w == 0),
                 "conv_engine: strassen needs padding 0, got ", o.pad_h, " and ", o.pad_w);
-  FASTSEG_CHECK(o.tile == 0 || (o.stride_h == 1 && o.stride_w == 1),
+  FASTSEG_CHECK(o.tile != kDepthwiseTile || conv.K == conv.C,
+                "conv_engine: depthwise convolutions have as many outputs as channels, got ",
+                conv.K, " and ", conv.C);
+  FASTSEG_CHECK(o.activation >= 0 && o.activation < kActivations,
+                "conv_engine: activation must be in [0, ", kActivations, "), got ", o.activation);
+  FASTSEG_CHECK(o.tile == 0 || o.tile == kDepthwiseTile || (o.stride_h == 1 && o.stride_w == 1),
                 "conv_engine: Winograd tiles need stride 1, got ", o.stride_h, " and ", o.stride_w);
   FASTSEG_CHECK(o.tile != kLineTile ||
                     (o.dilation_h == 1 && o.dilation_w == 1 && (o.S == 1 ? o.pad_w : o.pad_h) == 0),
@@ -176,8 +161,14 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.stream = !in_place && conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
                 conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
                 conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
-  if (o.tile == 0) {
+  if (o.tile == 0 && has_few_channels(conv)) {
+    FASTSEG_COUNT("conv_engine.few_channels");
+    if constexpr (std::is_same_v<E, float>) run_few_channels(conv);
+  } else if (o.tile == 0) {
     run_gemm(conv);
+  } else if (o.tile == kDepthwiseTile) {
+    FASTSEG_COUNT("conv_engine.depthwise");
+    if constexpr (std::is_same_v<E, float>) run_depthwise(conv);
   } else if (o.tile == kLineTile) {
     FASTSEG_COUNT("conv_engine.winograd_1d");
     if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);

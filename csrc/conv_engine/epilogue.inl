@@ -13,10 +13,94 @@ FASTSEG_INLINE Vec relu(Vec v) {
 #endif
 }
 
-FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
+// v between low and high; NaN stays NaN.
+FASTSEG_INLINE Vec clamp(Vec v, float low, float high) {
+  const Vec zero{};
+  v = v < low ? zero + low : v;
+  return v > high ? zero + high : v;
+}
+
+// 1 / (1 + e^-v), to about two units in the last place.
+FASTSEG_INLINE Vec sigmoid(Vec v) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec x = clamp(Vec{} - v, -87.0f, 87.0f);
+  const Vec shifted = x * 1.44269504f + kShift, n = shifted - kShift;
+  Vec r = x - n * 0.693359375f;            // ln 2 in two parts
+  r = r + n * 2.12194440e-4f;              // |r| <= ln(2) / 2
+  Vec p = r * (1.0f / 5040) + 1.0f / 720;  // Taylor; the next term is 5e-9
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // The integer n sits in the low bits of `shifted`; it becomes the exponent of 2^n.
+  return 1.0f / (1.0f + p * (Vec)(((Words)shifted + 127) << 23));
+}
+
+template <Activation kActivation>
+FASTSEG_INLINE Vec activate_as(Vec v, float slope) {
+  switch (kActivation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kRelu:
+      return relu(v);
+    case Activation::kLeakyRelu:
+      return v < 0 ? slope * v : v;
+    case Activation::kRelu6:
+      return clamp(v, 0.0f, 6.0f);
+    case Activation::kHardSwish:
+      return v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6);
+    case Activation::kHardSigmoid:
+      return clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6);
+    case Activation::kSilu:
+      return v * sigmoid(v);
+    case Activation::kSigmoid:
+      return sigmoid(v);
+  }
+}
+
+// Calls fn with the activation as a constant.
+template <class Fn>
+FASTSEG_INLINE void dispatch_activation(Activation activation, Fn&& fn) {
+  switch (activation) {
+    case Activation::kNone:
+      return fn(std::integral_constant<Activation, Activation::kNone>{});
+    case Activation::kRelu:
+      return fn(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kLeakyRelu:
+      return fn(std::integral_constant<Activation, Activation::kLeakyRelu>{});
+    case Activation::kRelu6:
+      return fn(std::integral_constant<Activation, Activation::kRelu6>{});
+    case Activation::kHardSwish:
+      return fn(std::integral_constant<Activation, Activation::kHardSwish>{});
+    case Activation::kHardSigmoid:
+      return fn(std::integral_constant<Activation, Activation::kHardSigmoid>{});
+    case Activation::kSilu:
+      return fn(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kSigmoid:
+      return fn(std::integral_constant<Activation, Activation::kSigmoid>{});
+  }
+}
+
+// Those that register tiles apply where they store.
+FASTSEG_INLINE bool is_short(Activation activation) { return activation <= Activation::kLeakyRelu; }
+FASTSEG_INLINE Vec activate_short(Vec v, Activation activation, float slope) {
   if (activation == Activation::kRelu) return relu(v);
   if (activation == Activation::kNone) return v;
   return v < 0 ? slope * v : v;
+}
+
+// A call: inlined into every loop with an epilogue they would double its code.
+__attribute__((noinline)) static Vec activate_long(Vec v, Activation activation) {
+  dispatch_activation(activation, [&](auto kind) __attribute__((always_inline)) {
+    v = activate_as<kind>(v, 0.0f);
+  });
+  return v;
+}
+
+FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
+  return is_short(activation) ? activate_short(v, activation, slope) : activate_long(v, activation);
 }
 
 // Bias, residual and activation of one vector of sums.

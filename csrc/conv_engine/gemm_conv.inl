@@ -40,7 +40,7 @@ struct OutputPixels {
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
     if (base) v += load(base + r * kPanel + column);
-    v = activate(v, activation, slope);
+    v = activate_short(v, activation, slope);
     if (add_last) v += load(pixels[r].residual + k + column);
     auto* y = pixels[r].y + k + column;
     if (stream) {
@@ -87,7 +87,7 @@ struct GemmKernel {
     const bool dense = conv.x.pixel == conv.C || !kSame;
     form.taps = conv.dilation_w == 1 && dense ? conv.S : 1;
     const bool words = form.taps * conv.C % kPerWord<E> == 0;
-    if (kSame && words && conv.is_pointwise()) {
+    if (kSame && words && conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W) {
       form.rows = GemmForm::kFlat;
       form.blocks = ceil_div(conv.pixels(), kRows);
     } else if (words && 2 * conv.Wo > kRows) {
@@ -169,7 +169,7 @@ struct GemmKernel {
     const int64_t k = panel * kPanel, rows = block.rows;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
     const E* b = conv.weight + k * conv.depth() + block.skipped * whole.length * kPanel;
-    const bool vectors = columns % kLanes == 0;
+    const bool vectors = columns % kLanes == 0 && is_short(conv.activation);
     alignas(64) float pieces[kRows * kPanel];
     OutputPixels<Conv> out(conv, k, block.pixels);
     if (whole.runs_h * whole.runs_w * whole.length <= kGemmPiece) {

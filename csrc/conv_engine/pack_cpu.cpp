@@ -84,6 +84,13 @@ void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
   });
 }
 
+// weight (K, 1, R, S) -> [tap][K], whole panels.
+void pack_depthwise(const float* weight, int64_t K, int64_t taps, float* packed) {
+  for (int64_t tap = 0; tap < taps; ++tap, packed += round_up(K, kPanel)) {
+    for (int64_t k = 0; k < K; ++k) packed[k] = weight[k * taps + tap];
+  }
+}
+
 // weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
 // which is float32 in any case.
 template <typename E>
@@ -94,6 +101,8 @@ Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t til
       "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
   check_tile<E>(tile, K, C, weight.size(2), weight.size(3), strassen);
+  FASTSEG_CHECK(tile != kDepthwiseTile || C == 1,
+                "conv_engine_pack: depthwise weights have one channel, got ", C);
   FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),
                 "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
@@ -107,6 +116,8 @@ Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t til
     if constexpr (std::is_same_v<E, float>) pack_strassen(src, K, C, dst);
   } else if (tile == 0) {
     pack_gemm(src, K, C, taps, dst);
+  } else if (tile == kDepthwiseTile) {
+    if constexpr (std::is_same_v<E, float>) pack_depthwise(src, K, taps, dst);
   } else if (tile == kLineTile) {
     if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
   } else {

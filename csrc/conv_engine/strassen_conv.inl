@@ -151,8 +151,17 @@ struct StrassenKernel {
       }
       patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead, tile);
     };
-    const OutputPixels<Conv> out(conv, k, pair.pixels[lower]);
-    strassen_product(product, pair.sums, out, multiply);
+    const PixelAddress<T>* pixels = pair.pixels[lower];
+    if (is_short(conv.activation)) {
+      const OutputPixels<Conv> out(conv, k, pixels);
+      return strassen_product(product, pair.sums, out, multiply);
+    }
+    alignas(64) float sums[kRows * kPanel];
+    strassen_product(product, pair.sums, StoreTile{sums}, multiply);
+    if (!kStrassen[product].writes) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_pixel(conv, k, kPanel, sums + r * kPanel, pixels[r].y, pixels[r].residual);
+    }
   }
 
   static Patch<float> piece(const Patch<float>& whole, int64_t d) {

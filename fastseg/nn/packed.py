@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from ..ops.conv_engine import (
+    DEPTHWISE,
     PackedConv,
     activate,
     choose_strassen,
@@ -32,7 +33,7 @@ class PackedConv2d(nn.Module):
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
-        activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
+        activation: a key of ``ops.conv_engine.ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
         accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`,
             :func:`fastseg.ops.conv_engine.choose_strassen` and
             :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
@@ -47,6 +48,7 @@ class PackedConv2d(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    groups: int
 
     def __init__(
         self,
@@ -99,6 +101,8 @@ class PackedConv2d(nn.Module):
 
     def algorithm(self, x: Tensor) -> tuple[int, torch.dtype, int]:
         """``tile``, ``products`` and ``strassen`` of ``pack_conv`` for an input of this size."""
+        if self.groups > 1:
+            return DEPTHWISE, torch.float32, 0
         K, C, *kernel = self.weight.shape
         stride, padding, dilation = self._geometry()
         layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
@@ -162,6 +166,8 @@ class PackedConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
+        if self.groups > 1:
+            C = K
         return f"{C}, {K}, kernel_size=({R}, {S}), " + ", ".join(
             f"{name}={value}"
             for name, value in self.options.items()
@@ -177,22 +183,31 @@ class PackedConv2d(nn.Module):
 
 def unsupported(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
     """Why the engine does not compute this convolution with this batch norm, or None."""
-    for module, kind in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d)):
+    reason = unsupported_weights(conv, bn, nn.Conv2d)
+    if reason:
+        return reason
+    assert isinstance(conv, nn.Conv2d)
+    if conv.groups != 1 and conv.weight.shape[:2] != (conv.groups, 1):
+        return f"{conv.groups} groups"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode}"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in _spans(conv)):
+        return "uneven same padding"
+    return None
+
+
+def unsupported_weights(conv: nn.Module, bn: nn.Module | None, of: type[nn.Module]) -> str | None:
+    """Why the engine computes no convolution of this kind with these weights, or None."""
+    for module, kind in ((conv, of), (bn, nn.BatchNorm2d)):
         if module is None:
             continue
         if not isinstance(module, kind) or type(module).forward is not kind.forward:
             return f"{type(module).__name__} is not a plain {kind.__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return "it has hooks"
-    assert isinstance(conv, nn.Conv2d)
-    if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
-        return f"weights are {conv.weight.dtype} on {conv.weight.device}, not float32 on the CPU"
-    if conv.groups != 1:
-        return f"{conv.groups} groups"
-    if conv.padding_mode != "zeros":
-        return f"padding mode {conv.padding_mode}"
-    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in _spans(conv)):
-        return "uneven same padding"
+    weight: Any = conv.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return f"weights are {weight.dtype} on {weight.device}, not float32 on the CPU"
     if isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None):
         return "batch norm of the batch's own statistics"
     return None

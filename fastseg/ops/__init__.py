@@ -4,6 +4,7 @@ from .conv_act import conv_act, fold_bn
 from .conv_bn import conv_bn_act, conv_bn_act_reference
 from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, conv_engine_reference, pack_conv
+from .conv_transposed import PackedConvTransposed, conv_transposed, pack_conv_transposed
 from .crf_memory import estimate_memory
 from .dense_crf import (
     PairwiseTerm,
@@ -42,6 +43,7 @@ from .upsample import (
 
 __all__ = [
     "PackedConv",
+    "PackedConvTransposed",
     "PackedGlobalConv",
     "PairwiseTerm",
     "PermutohedralLattice",
@@ -53,6 +55,7 @@ __all__ = [
     "conv_branches_reference",
     "conv_engine",
     "conv_engine_reference",
+    "conv_transposed",
     "dense_crf",
     "dense_crf_reference",
     "estimate_memory",
@@ -69,6 +72,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool2d_reference",
     "pack_conv",
+    "pack_conv_transposed",
     "pack_global_conv2d",
     "permutohedral_filter",
     "permutohedral_filter_reference",

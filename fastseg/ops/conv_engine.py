@@ -7,10 +7,11 @@ costs the same. A sub-grid is cut into tiles of m and m - 1 outputs, so that non
 the shorter ones are F(m, 3) without one of its points. Where the dilation is half of the image or
 more, a sub-grid of two by two pixels between zero borders takes 3 x 3 multiplications, one pixel
 takes one; from a third on, three pixels take F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k
-kernels take F(5, 5) along their axis, in groups of five taps. Products of many channels take
-Strassen's algorithm (1969) in Winograd's form: seven products of halves instead of eight. It pairs
-each pixel with one up to 14 further on: rounding then depends on both, and where one of them is
-infinite or NaN, both results are NaN.
+kernels take F(5, 5) along their axis, in groups of five taps. Depthwise convolutions, and 3-wide
+kernels over images of one or three channels, have kernels of their own. Products of many channels
+take Strassen's algorithm (1969) in Winograd's form: seven products of halves instead of eight. It
+pairs each pixel with one up to 14 further on: rounding then depends on both, and where one of them
+is infinite or NaN, both results are NaN.
 
 Accuracy, as the largest error over the largest output against float64 on unit-variance data:
 
@@ -35,7 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "leaky_relu")  # in the order of csrc/conv_engine/conv_engine.h
+ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
+    "none": lambda y, slope: y,
+    "relu": lambda y, slope: F.relu(y),
+    "leaky_relu": F.leaky_relu,
+    "relu6": lambda y, slope: F.relu6(y),
+    "hardswish": lambda y, slope: F.hardswish(y),
+    "hardsigmoid": lambda y, slope: F.hardsigmoid(y),
+    "silu": lambda y, slope: F.silu(y),
+    "sigmoid": lambda y, slope: y.sigmoid(),
+}
 
 # Along one axis: outputs and multiplications of a long tile, multiplications of a short one (with
 # one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
@@ -43,6 +53,7 @@ TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: 
 STRICT = (1, 2)  # those that round no more than torch's own convolution
 READ = 20  # multiplications in the time that a weight takes to be read
 LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
+DEPTHWISE = 7  # one group per channel
 
 
 def choose_tile(
@@ -199,7 +210,7 @@ class PackedConv:
             *self.padding,
             *self.dilation,
             self.tile,
-            ACTIVATIONS.index(self.activation),
+            list(ACTIVATIONS).index(self.activation),
             self.negative_slope,
             self.residual_last,
             self.strassen,
@@ -223,10 +234,11 @@ def pack_conv(
     """Prepare a convolution for ``conv_engine``.
 
     Args:
-        weight: (K, C, R, S) float32 on the CPU; one group. Fold a batch norm in before.
+        weight: (K, C, R, S) float32 on the CPU; one group, or with ``tile=DEPTHWISE`` (K, 1, R, S)
+            for images of K channels. Fold a batch norm in before.
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
-        activation: "none", "relu" or "leaky_relu" with ``negative_slope``.
+        activation: a key of ``ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
         tile: the algorithm, from ``choose_tile``; 0 is the matrix product.
         products: what the packed weights and the (transformed) input are rounded to before they
             are multiplied: float32, for images of either dtype, or for bfloat16 images bfloat16;
@@ -254,7 +266,9 @@ def pack_conv(
     if products not in (torch.float32, torch.bfloat16):
         raise ValueError(f"pack_conv: products must be float32 or bfloat16, got {products}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"pack_conv: activation must be one of {ACTIVATIONS}, got {activation!r}")
+        raise ValueError(
+            f"pack_conv: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}"
+        )
     K, C, R, S = weight.shape
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None
@@ -263,7 +277,7 @@ def pack_conv(
         )
     return PackedConv(
         packed,
-        C,
+        K if tile == DEPTHWISE else C,
         K,
         (R, S),
         stride,
@@ -341,9 +355,10 @@ def conv_engine_reference(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual_last: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """What ``conv_engine(x, pack_conv(weight, bias, ...), residual)`` means, in plain PyTorch."""
-    y = F.conv2d(x, weight, bias, stride, padding, dilation)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if residual is None:
         return activate(y, activation, negative_slope)
     if residual_last:
@@ -353,9 +368,7 @@ def conv_engine_reference(
 
 def activate(y: Tensor, activation: str, negative_slope: float) -> Tensor:
     """The activation of that name, in plain PyTorch."""
-    if activation == "relu":
-        return F.relu(y)
-    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+    return ACTIVATIONS[activation](y, negative_slope)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -374,6 +387,8 @@ def _(
     columns, depth = K, _round_up(C, 16 * per_word)
     if tile == 0:
         depth = _round_up(C * R * S, 16 * per_word)
+    elif tile == DEPTHWISE:
+        depth = R * S
     elif tile == LINE:
         columns, depth = -(-R * S // 5) * K, 9 * depth
     else:

@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_map_only
 
 from ..nn.crfrnn import CRFRNN
 from ..nn.packed import PackedConv2d
+from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.pyramid_pooling import PyramidConv2d
 from .patterns import resized_labels, resized_probabilities
 
 # Their parameters take inputs of any dtype.
-KEPT = (PackedConv2d, nn.modules.batchnorm._BatchNorm, PyramidConv2d, CRFRNN)
+KEPT = (PackedConv2d, PackedConvTranspose2d, nn.modules.batchnorm._BatchNorm, PyramidConv2d, CRFRNN)
 RESIZES = (F.interpolate, resized_labels, resized_probabilities)
 
 

@@ -70,7 +70,12 @@ def constant_part(producer: PackedConv2d, layer: PackedConv2d, first: int) -> fl
         producer.bias, producer.options["activation"], producer.options["negative_slope"]
     )
     weight = layer.weight
-    sums = weight[:, first : first + len(constant)].sum((2, 3))  # (K, channels)
+    if layer.groups > 1:  # each channel alone
+        weight = weight[first : first + len(constant)]
+        sums = weight.sum((2, 3))
+        constant = constant[:, None]
+    else:
+        sums = weight[:, first : first + len(constant)].sum((2, 3))  # (K, channels)
     response = weight.square().sum((1, 2, 3)).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
     return ((sums * constant).abs().amax(1) / response).max().item()
 

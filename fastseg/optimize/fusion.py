@@ -13,17 +13,33 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
+from ..nn.packed_transposed import PackedConvTranspose2d, unsupported_transposed
 from .tracing import IN_PLACE, has_hooks
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+# By the name that the engine has for them; layers, functions, methods.
+ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), "hardsigmoid"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
+}
 LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
 # What these layers and functions do in evaluation mode is nothing.
 NOTHING = (nn.Dropout, nn.Dropout2d, nn.Identity)
 DROPOUTS = (F.dropout, F.dropout2d)
 # Whose results share no memory with their arguments.
 FRESH = (torch.cat, torch.add, operator.add, operator.mul, torch.mul, F.interpolate, torch.conv2d)
-LAYERS = (PackedConv2d, ConvBNReLU2d, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+LAYERS = (
+    PackedConv2d,
+    PackedConvTranspose2d,
+    ConvBNReLU2d,
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+)
 
 Report = list[tuple[str, str]]  # names of parts, and what was done to each or why not
 
@@ -32,22 +48,28 @@ Report = list[tuple[str, str]]  # names of parts, and what was done to each or w
 class Layer:
     """A convolution that the engine computes, and what of its successors is known so far."""
 
-    conv: nn.Conv2d
+    conv: nn.Conv2d | nn.ConvTranspose2d
     bn: nn.BatchNorm2d | None = None
     activation: str = "none"
     slope: float = 0.0
     residual_last: bool = False  # a sum is formed behind the activation
 
-    def pack(self, settings: dict[str, Any]) -> PackedConv2d:
+    def pack(self, settings: dict[str, Any]) -> PackedConv2d | PackedConvTranspose2d:
         """``settings``: keyword arguments of PackedConv2d that are the same in a whole network."""
-        return PackedConv2d(
-            self.conv,
-            self.bn,
-            activation=self.activation,
-            negative_slope=self.slope,
-            residual_last=self.residual_last,
+        options = {
+            "activation": self.activation,
+            "negative_slope": self.slope,
+            "residual_last": self.residual_last,
             **settings,
-        )
+        }
+        if isinstance(self.conv, nn.ConvTranspose2d):
+            return PackedConvTranspose2d(self.conv, self.bn, **options)
+        return PackedConv2d(self.conv, self.bn, **options)
+
+    def takes(self, bn: nn.Module) -> bool:
+        """Whether this batch norm can be folded in."""
+        transposed = isinstance(self.conv, nn.ConvTranspose2d)
+        return not (unsupported_transposed if transposed else unsupported)(self.conv, bn)
 
 
 def as_layer(module: nn.Module | None) -> Layer | None:
@@ -56,8 +78,10 @@ def as_layer(module: nn.Module | None) -> Layer | None:
         conv, bn = module.conv, module.bn
         if not unsupported(conv, bn) and not has_hooks(module):
             return Layer(conv, bn, module.activation, module.negative_slope)
-    elif isinstance(module, nn.Conv2d) and not unsupported(module):
-        return Layer(module)
+    elif isinstance(module, nn.ConvTranspose2d):
+        return None if unsupported_transposed(module) else Layer(module)
+    elif isinstance(module, nn.Conv2d):
+        return None if unsupported(module) else Layer(module)
     return None
 
 
@@ -121,7 +145,7 @@ class Fusion:
             and layer.activation == "none"
             and len(args) == 1
             and isinstance(bn, nn.BatchNorm2d)
-            and not unsupported(layer.conv, bn)
+            and layer.takes(bn)
         ):
             layer.bn = bn
             chain.append(after)
@@ -247,12 +271,11 @@ class Fusion:
         module = self.module(node)
         if node is None:
             return "none", 0.0
-        if (
-            is_plain(module, nn.ReLU)
-            or (node.op == "call_function" and node.target in RELUS)
-            or (node.op == "call_method" and node.target in ("relu", "relu_"))
-        ):
-            return "relu", 0.0
+        kind: Any = node.target
+        if module is not None:
+            kind = type(module) if is_plain(module, type(module)) else None
+        if kind in ACTIVATIONS:
+            return ACTIVATIONS[kind], 0.0
         if isinstance(module, nn.LeakyReLU) and is_plain(module, nn.LeakyReLU):
             return "leaky_relu", module.negative_slope
         if node.op == "call_function" and node.target in LEAKY_RELUS:
@@ -269,6 +292,8 @@ def why_left(module: nn.Module | None) -> str | None:
         return f"left to torch, {unsupported(module.conv, module.bn) or 'it has hooks'}"
     if isinstance(module, nn.BatchNorm2d):
         return "left to torch, not behind a convolution of its own"
+    if isinstance(module, nn.ConvTranspose2d):
+        return f"left to torch, {unsupported_transposed(module)}"
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"left to torch, {type(module).__name__} is not a Conv2d"
     return None

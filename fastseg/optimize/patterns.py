@@ -117,6 +117,8 @@ def pyramid(traced: fx.GraphModule, settings: dict[str, Any], report: Report) ->
         packed = module_of(traced, node)
         if not isinstance(packed, PackedConv2d) or len(node.args) != 1 or node.kwargs:
             continue
+        if packed.groups > 1:
+            continue
         parts = _concatenated(node.args[0])
         channels = [_channels(traced, part) for part in parts]
         grids: list[tuple[int, fx.Node, int]] = []  # position, grid, its size
@@ -170,7 +172,7 @@ def constants(traced: fx.GraphModule, settings: dict[str, Any], report: Report) 
         packed = module_of(traced, node)
         if not isinstance(packed, PackedConv2d) or len(node.args) != 1 or node.kwargs:
             continue
-        if not _is_pointwise(packed):
+        if not _is_pointwise(packed) or packed.groups > 1:
             continue
         parts = _concatenated(node.args[0])
         repeated = [i for i, part in enumerate(parts) if _repeats(traced, part)]

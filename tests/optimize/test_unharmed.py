@@ -344,8 +344,8 @@ def test_functional_layers():
 
 LAYERS = {
     "grouped": lambda: nn.Conv2d(8, 8, 3, groups=2),
-    "depthwise": lambda: nn.Conv2d(8, 8, 3, groups=8),
-    "transposed": lambda: nn.ConvTranspose2d(8, 8, 4, 2, padding=1),
+    "transposed dilation": lambda: nn.ConvTranspose2d(8, 8, 4, 2, padding=1, dilation=2),
+    "transposed gaps": lambda: nn.ConvTranspose2d(8, 8, 1, 2),
     "reflect": lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
     "uneven same": lambda: nn.Conv2d(8, 8, 2, padding="same"),
 }

@@ -1,0 +1,160 @@
+"""The CPU's inference form of transposed convolutions: one ordinary convolution per phase.
+
+Output pixels whose row and column leave the same remainders by the stride take the same taps, every
+stride-th of the kernel. Each of these ``stride_h * stride_w`` phases is a convolution of stride 1
+and runs as a matrix product of the convolution engine that writes to its own pixels: nothing is
+multiplied by zeros, and no sum is scattered.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conv_engine import ACTIVATIONS, activate, channels_last, pack_conv
+
+
+@dataclass(frozen=True)
+class PackedConvTransposed:
+    """Weights of all phases in the form that the kernels read. Made by ``pack_conv_transposed``."""
+
+    packed: Tensor
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    activation: str
+    negative_slope: float
+    residual_last: bool
+
+    def output_size(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
+        """(Ho, Wo) for an input (H, W)."""
+        geometry = (size, self.kernel_size, self.stride, self.padding, self.output_padding)
+        h, w = ((n - 1) * s - 2 * p + k + o for n, k, s, p, o in zip(*geometry, strict=True))
+        return h, w
+
+
+def pack_conv_transposed(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    output_padding: tuple[int, int] = (0, 0),
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    products: torch.dtype = torch.float32,
+    residual_last: bool = False,
+) -> PackedConvTransposed:
+    """Prepare a transposed convolution for ``conv_transposed``.
+
+    Args:
+        weight: (C, K, R, S) float32 on the CPU; one group, no dilation, the kernel at least as
+            large as the stride.
+        bias, activation, negative_slope, products, residual_last: as for ``pack_conv``.
+        stride, padding, output_padding: as for ``F.conv_transpose2d``, (vertical, horizontal).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or name.
+    """
+    C, K, *kernel = weight.shape
+    if any(k < s for k, s in zip(kernel, stride, strict=True)):
+        raise ValueError(
+            f"pack_conv_transposed: the kernel must be at least as large as the stride, got "
+            f"{tuple(kernel)} and {stride}"
+        )
+    phases = []
+    for a in range(stride[0]):
+        for b in range(stride[1]):
+            first = [(n + p) % s for n, p, s in zip((a, b), padding, stride, strict=True)]
+            taps = weight.detach()[:, :, first[0] :: stride[0], first[1] :: stride[1]]
+            conv = pack_conv(
+                taps.flip(2, 3).transpose(0, 1), bias, activation=activation, products=products
+            )
+            phases.append(conv.packed)
+    with torch.no_grad():
+        packed = torch.cat(phases)
+    return PackedConvTransposed(
+        packed,
+        C,
+        K,
+        (kernel[0], kernel[1]),
+        stride,
+        padding,
+        output_padding,
+        activation,
+        negative_slope,
+        residual_last,
+    )
+
+
+def conv_transposed(
+    x: Tensor,
+    conv: PackedConvTransposed,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``activation(conv_transpose2d(x, weight, bias) + residual)`` with packed weights, without
+    gradients; the residual behind the activation if packed with ``residual_last``.
+
+    Args, Returns, Raises: as for ``conv_engine``.
+    """
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"conv_transposed: x must be (N, {conv.in_channels}, H, W), got {tuple(x.shape)}"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("conv_transposed: computes no gradients, call it under torch.no_grad()")
+    shape = (x.shape[0], conv.out_channels, *conv.output_size(x.shape[2:]))
+    if min(shape[2:]) < 1:
+        raise ValueError(f"conv_transposed: the padding leaves no pixels of {tuple(x.shape)}")
+    if out is None:
+        out = x.new_empty((shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
+    elif out.shape != shape:
+        raise ValueError(f"conv_transposed: out must be {shape}, got {tuple(out.shape)}")
+    torch.ops.fastseg.conv_transposed_out(
+        channels_last(x),
+        conv.packed,
+        channels_last(residual) if residual is not None else None,
+        out,
+        *conv.kernel_size,
+        *conv.stride,
+        *conv.padding,
+        list(ACTIVATIONS).index(conv.activation),
+        conv.negative_slope,
+        conv.residual_last,
+    )
+    return out
+
+
+def conv_transposed_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    output_padding: tuple[int, int] = (0, 0),
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+) -> Tensor:
+    """What ``conv_transposed(x, pack_conv_transposed(weight, ...), residual)`` means, in plain
+    PyTorch."""
+    y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    if residual is not None and not residual_last:
+        y = y + residual
+    y = activate(y, activation, negative_slope)
+    return y + residual if residual is not None and residual_last else y
+
+
+@torch.library.register_fake("fastseg::conv_transposed_out")
+def _(
+    x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, activation, slope,
+    residual_last=False,
+):  # fmt: skip
+    return None
