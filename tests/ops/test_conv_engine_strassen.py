@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from fastseg.nn.packed import PackedConv2d
 from fastseg.ops.conv_engine import (
+    ACTIVATIONS,
     choose_strassen,
     conv_engine,
     conv_engine_reference,
@@ -33,7 +34,7 @@ def packed(shape, **options):
 
 
 @pytest.mark.parametrize("residual_last", [False, True])
-@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_products(shape, activation, residual_last, cpu_isa):
     tensors, conv, options = packed(shape, activation=activation, residual_last=residual_last)
