@@ -271,7 +271,9 @@ def upsampling_case(rng, message):
         )
     )
     for parts in zip(got, plain, exact, strict=True):
-        assert_near(*parts, 4 * torch.finfo(x.dtype).eps, message)
+        # In float64 nothing is exact: logits up to 5 round, exponentials multiply that.
+        allowed = 1e-14 if x.dtype == torch.float64 else 4 * torch.finfo(x.dtype).eps
+        assert_near(*parts, allowed, message)
     labels, prob = upsample_argmax(x, size, corners, return_prob=True)
     assert torch.equal(labels, upsample_argmax(x, size, corners)), message
     logits = F.interpolate(x.double(), size, mode="bilinear", align_corners=corners)
