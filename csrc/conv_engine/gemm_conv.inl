@@ -67,6 +67,11 @@ FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Co
   }
 }
 
+// What a piece of the reduction fetches that begins `steps` steps behind the start of runs h.
+FASTSEG_INLINE NextRuns from_step(const NextRuns& ahead, int64_t h, int64_t steps) {
+  return {ahead.data + h * ahead.run + steps * 64, ahead.run};
+}
+
 // One convolution on one instruction set.
 template <class Conv>
 struct GemmKernel {
@@ -194,11 +199,12 @@ struct GemmKernel {
             piece.length = std::min(length, whole.length - d);
             const bool last = h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
                               d + length >= whole.length;
+            const NextRuns next = from_step(ahead, h, (w * whole.length + d) / kPerWord<E>);
             if (last && vectors) {
               out.base = pieces;
-              return patch_tile(rows, columns, piece, b, ahead, out);
+              return patch_tile(rows, columns, piece, b, next, out);
             }
-            patch_tile(rows, columns, piece, b, ahead, StoreTile{pieces, !first});
+            patch_tile(rows, columns, piece, b, next, StoreTile{pieces, !first});
             b += piece.runs_h * piece.runs_w * piece.length * kPanel;
             first = false;
           }

@@ -146,10 +146,10 @@ struct StrassenKernel {
       alignas(64) float pieces[kRows * kPanel];
       int64_t d = 0;
       for (; d + kGemmPiece < whole.length; d += kGemmPiece, tile.base = pieces) {
-        patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead,
+        patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, from_step(ahead, 0, d),
                    StoreTile{pieces, false, kPanel, tile.base});
       }
-      patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, ahead, tile);
+      patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, from_step(ahead, 0, d), tile);
     };
     const PixelAddress<T>* pixels = pair.pixels[lower];
     if (is_short(conv.activation)) {

@@ -135,7 +135,8 @@ def choose_strassen(
     The sums of the operands cost like some 16 output channels, register tiles of half the length a
     few percent more. Speed over the plain product, one core with AVX-512, 65x65: 128 -> 512
     channels 0.95, 256 -> 128 0.99, 512 -> 128 1.00, 256 -> 256 1.04, 512 -> 256 1.05, 1024 -> 512
-    1.08, 1024 -> 2048 1.10; 512 -> 2048 at 7x7 1.08. With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
+    1.08, 1024 -> 2048 1.10; 512 -> 2048 at 7x7 1.08; 2048 -> 256, whose operands leave little of
+    L2, lost to oneDNN (0.91). With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
     ``accuracy="strict"`` leaves it out: it rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels
@@ -144,7 +145,8 @@ def choose_strassen(
     if tuple(kernel_size) != (1, 1) or tuple(padding) != (0, 0) or C % 32 or K % 64:
         return 0
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    return int(min(C, K) >= 256 and Ho * Wo >= 49)
+    least = 256 if C <= 1024 else 512  # output channels
+    return int(C >= 256 and least <= K and Ho * Wo >= 49)
 
 
 def _round_up(n: int, to: int) -> int:

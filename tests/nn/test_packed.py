@@ -41,9 +41,9 @@ def test_packs_once_per_algorithm():
     packed = PackedConv2d(nn.Conv2d(32, 32, 3, padding=8, dilation=8))
     first = packed(torch.randn(1, 32, 65, 65))
     assert set(packed._packed) == {(4, torch.float32, 0)}
-    weights = packed._packed[4, torch.float32].packed
+    weights = packed._packed[4, torch.float32, 0].packed
     packed(torch.randn(2, 32, 64, 64))
-    assert packed._packed[4, torch.float32].packed is weights
+    assert packed._packed[4, torch.float32, 0].packed is weights
     packed(torch.randn(1, 32, 24, 24))  # sub-grids of three pixels
     assert set(packed._packed) == {(3, torch.float32, 0), (4, torch.float32, 0)}
     assert first.shape == (1, 32, 65, 65)

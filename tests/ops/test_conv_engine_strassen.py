@@ -109,7 +109,8 @@ def test_choice():
     assert choice(256, 512, stride=(2, 2)) == 1
     assert choice(128, 512) == choice(512, 128) == 0  # the sums cost as much as they save
     assert choice(512, 2048, size=(1, 1)) == 0  # no lower block
-    assert choice(1040, 256) == choice(256, 272) == 0  # no whole halves
+    assert choice(2048, 256) == 0  # the operands of a task would leave little of L2
+    assert choice(1000, 256) == choice(256, 272) == 0  # no whole halves
     assert choice(256, 256, padding=(1, 1)) == choice(256, 256, kernel=(3, 3)) == 0
     assert choice(256, 256, accuracy="strict") == choice(256, 256, products=torch.bfloat16) == 0
 
