@@ -14,7 +14,7 @@ from fastseg.ops.conv_engine import (
 from tests.conftest import assert_as_accurate
 
 # Largest error over largest output that the accuracy policy allows, unit-variance data.
-ALLOWED = {0: 2e-6, 1: 2e-6, 2: 2e-6, 3: 1e-5, 4: 1e-5, 5: 1e-5, 6: 5e-5}
+ALLOWED = {0: 2e-6, 1: 2e-6, 2: 2e-6, 3: 1e-5, 4: 1e-5, 5: 1e-5, 6: 5e-5, 7: 2e-6}
 
 
 def relative_error(y, exact):
