@@ -44,7 +44,7 @@ def test_weights(tmp_path):
 def test_unknown_names():
     with pytest.raises(ValueError, match="'fcn8_vgg16'; did you mean fcn8s_vgg16"):
         models.create_model("fcn8_vgg16")
-    with pytest.raises(ValueError, match="list_models"):
+    with pytest.raises(ValueError, match="fastseg models"):
         models.create_model("qqqq")
     with pytest.raises(ValueError, match=r"no option 'output_stride'; it has num_classes, in_chan"):
         models.create_model("fcn8s_vgg16", output_stride=8)
