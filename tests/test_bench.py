@@ -88,7 +88,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     page, figures = tmp_path / "r.html", tmp_path / "r.json"
     code, out, _ = run_cli(
         monkeypatch, capsys, "bench", "ops", "--only", "gcn15-2048-16", "--peers", "fastseg",
-        "--seconds", "0", "--threads", "1", "--html", str(page), "--json", str(figures),
+        "--seconds", "0.01", "--threads", "1", "--html", str(page), "--json", str(figures),
     )  # fmt: skip
     assert code == 0
     assert "| gcn15-2048-16 | float32 |" in out
