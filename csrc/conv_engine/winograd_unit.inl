@@ -1,0 +1,73 @@
+// 3x3 convolutions by Winograd (winograd.inl), cut into tasks. Its two translation units
+// instantiate it, for they compile for minutes.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "common/cache.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "conv_engine/conv_engine.h"
+#include "conv_engine/run.h"
+#include "conv_engine/tiles.h"
+#include "conv_engine/winograd.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastseg {
+namespace conv_engine {
+namespace {
+
+#define FASTSEG_KERNEL_FILE "conv_engine/winograd_kernel.inl"
+#define FASTSEG_KERNEL_BF16
+#include "common/foreach_isa.inl"
+
+struct TaskBuffer;  // names the scratch memory of a task
+
+// Tiles of one task of `points` products: few enough that the transformed tiles and their products
+// stay in L2, unless the weights that every task reads anew from L3 are more than twice what it
+// writes and reads of those. 64, 128, 256, 512 channels were fastest with 28 to 42, 28 to 42, 97
+// and 97 tiles on a core with 2 MB.
+template <class Conv>
+int64_t task_tiles(const Conv& conv, int64_t points) {
+  const int64_t C = conv.channels(), K = conv.panels() * kPanel;
+  const int64_t v_bytes = std::min(C, kWinogradPiece) * sizeof(typename Conv::Operand);
+  const int64_t tile_bytes = points * (v_bytes + K * static_cast<int64_t>(sizeof(float)));
+  const int64_t cached = l2_bytes() * 3 / 8 / tile_bytes;
+  const int64_t amortised = C * K / (C + K) / 2;
+  return std::clamp<int64_t>(std::max(cached, amortised), kMaxRows,
+                             std::max<int64_t>(kMaxRows, 8 * l2_bytes() / tile_bytes));
+}
+
+template <class Pair, class Conv>
+void run_pair(const Conv& conv) {
+  // A window that is pooled must not reach over two tiles.
+  const TileGrid grid(Pair{}, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w,
+                      conv.pooled.data != nullptr);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = task_tiles(conv, grid.weight[0]) * grid.weight[0];
+  const int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    tiles = std::max(tiles, grid.part_begin(parts, i + 1) - grid.part_begin(parts, i));
+  }
+  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, tiles);
+  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
+  parallel_tasks(parts, [&](int64_t part) {
+    kernel(conv, grid, grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
+           scratch<TaskBuffer>(floats));
+  });
+}
+
+}  // namespace
+
+template <class Conv>
+void run_winograd(const Conv& conv, int64_t tile) {
+  dispatch_tile<typename Conv::Operand>(tile, [&](auto pair) { run_pair<decltype(pair)>(conv); });
+}
+
+}  // namespace conv_engine
+}  // namespace fastseg
