@@ -4,7 +4,12 @@ from .conv_act import conv_act, fold_bn
 from .conv_bn import conv_bn_act, conv_bn_act_reference
 from .conv_branches import conv_branches, conv_branches_reference
 from .conv_engine import PackedConv, conv_engine, conv_engine_reference, pack_conv
-from .conv_transposed import PackedConvTransposed, conv_transposed, pack_conv_transposed
+from .conv_transposed import (
+    PackedConvTransposed,
+    conv_transposed,
+    conv_transposed_reference,
+    pack_conv_transposed,
+)
 from .crf_memory import estimate_memory
 from .dense_crf import (
     PairwiseTerm,
@@ -56,6 +61,7 @@ __all__ = [
     "conv_engine",
     "conv_engine_reference",
     "conv_transposed",
+    "conv_transposed_reference",
     "dense_crf",
     "dense_crf_reference",
     "estimate_memory",

@@ -60,6 +60,10 @@ def pack_conv_transposed(
     Raises:
         ValueError: an argument has the wrong shape, dtype or name.
     """
+    if weight.dim() != 4:
+        raise ValueError(
+            f"pack_conv_transposed: weight must be (C, K, R, S), got {tuple(weight.shape)}"
+        )
     C, K, *kernel = weight.shape
     if any(k < s for k, s in zip(kernel, stride, strict=True)):
         raise ValueError(

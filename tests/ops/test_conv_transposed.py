@@ -118,6 +118,8 @@ def test_operator_registration():
 
 def test_errors():
     x, weight, bias, options = case(CASES[0])
+    with pytest.raises(ValueError, match=r"weight must be \(C, K, R, S\), got \(8, 8, 3\)"):
+        pack_conv_transposed(torch.randn(8, 8, 3))
     with pytest.raises(ValueError, match="at least as large as the stride"):
         pack_conv_transposed(weight, stride=(3, 2))
     conv = pack_conv_transposed(weight, bias, **options)
