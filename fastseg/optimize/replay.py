@@ -1,6 +1,6 @@
 """The operator calls of an optimised network, recorded once per input shape and then repeated.
 
-U2-Net-p calls some 110 operators through 200 modules. Their inner maps lie in buffers that stay
+U2-Net-p calls some 170 operators through 200 modules. Their inner maps lie in buffers that stay
 (:mod:`fastseg.memory_plan`), so that every call with inputs of one shape passes the same tensors,
 options and views to the same operators: the modules need to find them but once.
 """
