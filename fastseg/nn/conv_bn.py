@@ -249,7 +249,7 @@ class ConvBNReLU2d(nn.Module):
             if len(kept.shapes) >= SIZES:
                 kept.shapes.clear()
             # Its matrix product is on a par with torch's: that does not repay the memory.
-            shape = packed.output_shape(x) if packed.algorithm(x)[0] else None
+            shape = packed.output_shape(x) if packed.algorithm(x).tile else None
             if shape is not None and math.prod(shape) * weight[0].numel() < SMALLEST_PACKED:
                 shape = None
             kept.shapes[size] = shape

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from ..ops.conv_engine import (
-    DEPTHWISE,
-    PackedConv,
-    activate,
-    choose_strassen,
-    choose_tile,
-    conv_engine,
-    output_size,
-    pack_conv,
-)
-from ..ops.conv_engine_bf16 import choose_algorithm
+from ..ops._conv_options import output_size
+from ..ops.conv_choice import Algorithm, choose_algorithm
+from ..ops.conv_engine import PackedConv, activate, conv_engine, pack_conv
 
 SIZES = 256  # input shapes of which a layer remembers what they need
 
@@ -28,15 +20,13 @@ class PackedConv2d(nn.Module):
     The batch norm is folded into the weights. They are packed at the first call, once for every
     algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
     the memory of the layer, up to eight where the dilation is in the order of the map, a 1x1
-    convolution of 256 channels or more 2.75 times, see ``choose_strassen``.
+    convolution of 256 channels or more 2.75 times.
 
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
         activation: a key of ``ops.conv_engine.ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
-        accuracy: "default" or "strict", see :func:`fastseg.ops.conv_engine.choose_tile`,
-            :func:`fastseg.ops.conv_engine.choose_strassen` and
-            :func:`fastseg.ops.conv_engine_bf16.choose_algorithm`.
+        accuracy: "default", "strict" or "fast", see ``ops.conv_choice.choose_algorithm``.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
         residual_last: the residual is added behind the activation.
 
@@ -96,20 +86,22 @@ class PackedConv2d(nn.Module):
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
-        self._packed: dict[tuple[int, torch.dtype, int], PackedConv] = {}
+        self._packed: dict[Algorithm, PackedConv] = {}
         self._prepared: dict[tuple[int, ...], tuple[PackedConv, tuple[int, ...]]] = {}
 
-    def algorithm(self, x: Tensor) -> tuple[int, torch.dtype, int]:
-        """``tile``, ``products`` and ``strassen`` of ``pack_conv`` for an input of this size."""
-        if self.groups > 1:
-            return DEPTHWISE, torch.float32, 0
+    def algorithm(self, x: Tensor) -> Algorithm:
+        """The one for an input of this size."""
         K, C, *kernel = self.weight.shape
-        stride, padding, dilation = self._geometry()
-        layer = (C, K, kernel, x.shape[2:], stride, padding, dilation, self.accuracy)
-        tile, products = choose_tile(*layer), torch.float32
-        if self.dtype == torch.bfloat16:
-            tile, products = choose_algorithm(*layer)
-        return tile, products, choose_strassen(*layer, tile=tile, products=products)
+        return choose_algorithm(
+            C * self.groups,
+            K,
+            kernel,
+            x.shape[2:],
+            *self._geometry(),
+            groups=self.groups,
+            dtype=self.dtype,
+            accuracy=self.accuracy,
+        )
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         K, _, *kernel = self.weight.shape
@@ -148,16 +140,8 @@ class PackedConv2d(nn.Module):
         key = self.algorithm(x)
         packed = self._packed.get(key)
         if packed is None:
-            tile, products, strassen = key
             with torch.inference_mode(False):
-                packed = pack_conv(
-                    self.weight,
-                    self.bias,
-                    **self.options,
-                    tile=tile,
-                    products=products,
-                    strassen=strassen,
-                )
+                packed = pack_conv(self.weight, self.bias, **self.options, **key._asdict())
             self._packed[key] = packed
         prepared = packed, self.output_shape(x)
         if known and len(self._prepared) < SIZES:

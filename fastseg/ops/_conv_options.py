@@ -1,5 +1,7 @@
 """Arguments of the convolutions with an epilogue: checked, and in the form that the ops take."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,25 @@ ACTIVATIONS = ("relu", "leaky_relu", "none")
 def pair(value: IntPair) -> tuple[int, int]:
     height, width = (value, value) if isinstance(value, int) else value
     return height, width
+
+
+def output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """(Ho, Wo) of a convolution of an input (H, W)."""
+    Ho, Wo = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return Ho, Wo
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def slope_of(activation: str, negative_slope: float) -> float:
@@ -85,7 +106,13 @@ def op_arguments(
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     x, pads = _explicit_padding(x, weight, padding, dilation)
     geometry = (pair(stride), pads, pair(dilation))
-    shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, *geometry))
+    Ho, Wo = output_size(x.shape[2:], weight.shape[2:], *geometry)
+    if Ho < 1 or Wo < 1:
+        raise ValueError(
+            "conv_bn_act: the dilated kernel must fit into the padded input, "
+            f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        )
+    shape = (x.shape[0], weight.shape[0], Ho, Wo)
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
         raise ValueError(
             f"conv_bn_act: residual must be {shape} {x.dtype} like the result, "
@@ -122,23 +149,3 @@ def _explicit_padding(
     if total_h % 2 or total_w % 2:
         x = F.pad(x, (0, total_w % 2, 0, total_h % 2))
     return x, (total_h // 2, total_w // 2)
-
-
-def _output_size(
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    H, W = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
-        + 1
-        for i in (0, 1)
-    )
-    if H < 1 or W < 1:
-        raise ValueError(
-            "conv_bn_act: the dilated kernel must fit into the padded input, "
-            f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
-        )
-    return H, W

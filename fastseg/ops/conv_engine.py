@@ -1,41 +1,16 @@
 """The CPU's inference convolution: weights packed once, bias, residual and activation fused.
 
-The algorithms, of which ``choose_tile`` chooses: a matrix product over packed pixels (any kernel,
-stride, dilation), and for 3x3 kernels of stride 1 Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016)
-on the sub-grids of equal phase of a dilated convolution, on which it is not dilated: every dilation
-costs the same. A sub-grid is cut into tiles of m and m - 1 outputs, so that none reaches beyond it:
-the shorter ones are F(m, 3) without one of its points. Where the dilation is half of the image or
-more, a sub-grid of two by two pixels between zero borders takes 3 x 3 multiplications, one pixel
-takes one; from a third on, three pixels take F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k
-kernels take F(5, 5) along their axis, in groups of five taps. Depthwise convolutions, and 3-wide
-kernels over images of one or three channels, have kernels of their own. Products of many channels
-take Strassen's algorithm (1969) in Winograd's form: seven products of halves instead of eight. It
-pairs each pixel with one up to 14 further on: rounding then depends on both, and where one of them
-is infinite or NaN, both results are NaN.
-
-Accuracy, as the largest error over the largest output against float64 on unit-variance data:
-
-==================  =======  ===================================================
-algorithm           error    interpolation points
-==================  =======  ===================================================
-GEMM                2e-6
-GEMM, Strassen      5e-6
-bordered, to 2      2e-6     0, +-1 and their like: exact coefficients
-bordered, to 3      1e-5     +-1/2, +-5/4, infinity
-F(2, 3)             2e-6     0, +-1, infinity
-F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
-F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
-F(5, 5), one axis   1e-5     +-1/4, +-3/4, +-5/4, +-2, infinity
-depthwise           2e-6
-==================  =======  ===================================================
+Which algorithms there are, how accurate, and which one a layer gets: ``conv_choice``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._conv_options import output_size, round_up
+from .conv_choice import DEPTHWISE, LINE, TILES
 
 ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
     "none": lambda y, slope: y,
@@ -47,145 +22,6 @@ ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
     "silu": lambda y, slope: F.silu(y),
     "sigmoid": lambda y, slope: y.sigmoid(),
 }
-
-# Along one axis: outputs and multiplications of a long tile, multiplications of a short one (with
-# one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
-TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
-STRICT = (1, 2)  # those that round no more than torch's own convolution
-READ = 20  # multiplications in the time that a weight takes to be read
-LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
-DEPTHWISE = 7  # one group per channel
-
-
-def choose_tile(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    size: Sequence[int],
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    accuracy: str = "default",
-) -> int:
-    """The algorithm for this layer and input size (H, W): 0 for the matrix product, a key of
-    ``TILES`` or ``LINE``.
-
-    The one with the fewest multiplications wins; a transform counts like 12 more channels on the
-    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels), a
-    weight that is read like 20 multiplications (25 at 512 channels, 50 for those that come from
-    memory). F(6, 3) is for dilated convolutions of 2048 channels alone, because of its error.
-    ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
-    """
-    C, K = in_channels, out_channels
-    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    if tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
-        return 0
-    if min(kernel_size) == 1 < max(kernel_size) and tuple(dilation) == (1, 1):
-        return _choose_line(C, K, kernel_size, (Ho, Wo), padding, accuracy)
-    if tuple(kernel_size) != (3, 3):
-        return 0
-    grid = max(-(-n // d) for n, d in zip(size, dilation, strict=True))  # pixels of a sub-grid
-    if tuple(padding) != tuple(dilation):
-        grid = 4
-    cost = {0: 9.0 * (Ho * Wo + READ) * C * K}
-    for tile in STRICT if accuracy == "strict" else TILES:
-        if tile in (1, 3) and grid > TILES[tile][0]:
-            continue
-        if tile == 6 and (C < 2048 or min(dilation) == 1):
-            continue
-        products, weights = winograd_products((Ho, Wo), dilation, tile)
-        cost[tile] = products * (C * K + 12.0 * (C + K))
-        cost[tile] += READ * weights * C * K
-    return min(cost, key=cost.__getitem__)
-
-
-def _choose_line(
-    C: int,
-    K: int,
-    kernel_size: Sequence[int],
-    output: Sequence[int],
-    padding: Sequence[int],
-    accuracy: str,
-) -> int:
-    """The same for k x 1 and 1 x k. Each line transforms ``groups - 1`` tiles more than it has."""
-    axis = 0 if kernel_size[1] == 1 else 1
-    if accuracy == "strict" or padding[1 - axis] != 0:
-        return 0
-    k, groups = kernel_size[axis], -(-kernel_size[axis] // 5)
-    tiles = -(-output[axis] // 5) + groups - 1
-    products = 9 * tiles * (C * _round_up(groups * K, 16) + 12 * (C + groups * K))
-    return LINE if products < k * output[axis] * C * _round_up(K, 16) else 0
-
-
-def choose_strassen(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    size: Sequence[int],
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    accuracy: str = "default",
-    *,
-    tile: int = 0,
-    products: torch.dtype = torch.float32,
-) -> int:
-    """Levels of Strassen's algorithm in the products of ``tile`` for this layer and input size
-    (H, W): 0 or 1.
-
-    The sums of the operands cost like some 16 output channels, register tiles of half the length a
-    few percent more. Speed over the plain product, one core with AVX-512, 65x65: 128 -> 512
-    channels 0.95, 256 -> 128 0.99, 512 -> 128 1.00, 256 -> 256 1.04, 512 -> 256 1.05, 1024 -> 512
-    1.08, 1024 -> 2048 1.10; 512 -> 2048 at 7x7 1.08; 2048 -> 256, whose operands leave little of
-    L2, lost to oneDNN (0.91). With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
-    ``accuracy="strict"`` leaves it out: it rounds more than torch's own convolution.
-    """
-    C, K = in_channels, out_channels
-    if tile != 0 or products != torch.float32 or accuracy == "strict":
-        return 0
-    if tuple(kernel_size) != (1, 1) or tuple(padding) != (0, 0) or C % 32 or K % 64:
-        return 0
-    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    least = 256 if C <= 1024 else 512  # output channels
-    return int(C >= 256 and least <= K and Ho * Wo >= 49)
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-def output_size(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(Ho, Wo) of a convolution of an input (H, W)."""
-    Ho, Wo = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
-    )
-    return Ho, Wo
-
-
-def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:
-    """Multiplications per pair of channels for an output (H, W), each sub-grid cut on its own, and
-    transformed weights that take part."""
-    outputs, long_products, short_products, packed = TILES[tile]
-    products = weights = 1
-    for n, d in zip(output, dilation, strict=True):
-        length, longer = divmod(n, d)
-        long = short = 0  # tiles
-        for phases, n_phase in ((longer, length + 1), (d - longer, length)):
-            tiles = -(-n_phase // outputs)
-            shorter = min(tiles, tiles * outputs - n_phase)
-            long += phases * (tiles - shorter)
-            short += phases * shorter
-        products *= long * long_products + short * short_products
-        used = (long > 0) * long_products, (short > 0) * short_products
-        weights *= max(used) if packed == long_products else sum(used)
-    return products, weights
 
 
 @dataclass(frozen=True)
@@ -242,12 +78,12 @@ def pack_conv(
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: a key of ``ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
-        tile: the algorithm, from ``choose_tile``; 0 is the matrix product.
+        tile: the algorithm, from ``choose_algorithm``; 0 is the matrix product.
         products: what the packed weights and the (transformed) input are rounded to before they
             are multiplied: float32, for images of either dtype, or for bfloat16 images bfloat16;
             see ``choose_algorithm``. Sums are float32.
         residual_last: a residual is added behind the activation instead of before.
-        strassen: levels of Strassen's algorithm in the products, from ``choose_strassen``.
+        strassen: levels of Strassen's algorithm in the products, from ``choose_algorithm``.
 
     Returns:
         The packed form: ``TILES[tile][3] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
@@ -298,7 +134,7 @@ def pack_matrix(matrix: Tensor) -> PackedConv:
     """``pack_conv(matrix.T[..., None, None])``, a product of pixels and (C, K) float32, without a
     transposed copy."""
     C, K = matrix.shape
-    depth, columns = _round_up(C, 16), _round_up(K, 32)
+    depth, columns = round_up(C, 16), round_up(K, 32)
     packed = matrix.new_zeros((depth + 1) * columns)  # the bias behind the weights
     panels = packed[: depth * columns].view(-1, depth, 32)
     whole = K - K % 32
@@ -387,19 +223,19 @@ def _(
 ) -> Tensor:
     K, C, R, S = weight.shape
     per_word = 2 if bfloat16 else 1
-    columns, depth = K, _round_up(C, 16 * per_word)
+    columns, depth = K, round_up(C, 16 * per_word)
     if tile == 0:
-        depth = _round_up(C * R * S, 16 * per_word)
+        depth = round_up(C * R * S, 16 * per_word)
     elif tile == DEPTHWISE:
         depth = R * S
     elif tile == LINE:
         columns, depth = -(-R * S // 5) * K, 9 * depth
     else:
         depth = TILES[tile][3] ** 2 * depth
-    size = _round_up(columns, 32) * depth
+    size = round_up(columns, 32) * depth
     if strassen:
         size = size // 4 * 7
-    size += _round_up(K, 32) * per_word
+    size += round_up(K, 32) * per_word
     return weight.new_empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .conv_engine import PackedConv, channels_last, conv_engine, output_size
+from ._conv_options import output_size
+from .conv_engine import PackedConv, channels_last, conv_engine
 from .max_unpool import max_pool2d, max_unpool2d
 
 EVEN_TILES = (2, 4, 6)  # tiles of Winograd that hold whole windows

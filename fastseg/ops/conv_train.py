@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._conv_options import output_size
 from ._layout import image_layout
 from .conv_act import channel_sums
-from .conv_engine import channels_last, choose_tile, conv_engine, output_size, pack_conv
+from .conv_choice import choose_tile
+from .conv_engine import channels_last, conv_engine, pack_conv
 
 
 def training_tile(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_act import channel_sums
-from .conv_engine import choose_tile, conv_engine, pack_conv, pack_matrix
+from .conv_choice import choose_tile
+from .conv_engine import conv_engine, pack_conv, pack_matrix
 
 # Values of the tap form that the backward makes at a time: they stay in the cache of a CPU; four
 # times as many in that of a GPU.

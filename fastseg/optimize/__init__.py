@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
-from ..ops.conv_engine_bf16 import ROUNDED
+from ..ops.conv_choice import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
@@ -51,7 +51,7 @@ def optimize(
         accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
             output per layer; "strict" only what rounds no more than torch's own convolution;
             "fast" is the default but for bfloat16 on some processors, see
-            :mod:`fastseg.ops.conv_engine_bf16`.
+            :mod:`fastseg.ops.conv_choice`.
 
     Returns:
         The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastseg.ops.conv_engine import (
-    choose_tile,
-    conv_engine,
-    conv_engine_reference,
-    pack_conv,
-    pack_matrix,
-)
+from fastseg.ops.conv_choice import choose_tile
+from fastseg.ops.conv_engine import conv_engine, conv_engine_reference, pack_conv, pack_matrix
 from tests.conftest import assert_as_accurate
 
 # Largest error over largest output that the accuracy policy allows, unit-variance data.

@@ -8,8 +8,8 @@ import torch
 from torch.library import opcheck
 
 from fastseg import _C
+from fastseg.ops.conv_choice import choose_algorithm
 from fastseg.ops.conv_engine import conv_engine, conv_engine_reference, pack_conv
-from fastseg.ops.conv_engine_bf16 import choose_algorithm
 from tests.conftest import assert_as_accurate
 from tests.ops.test_conv_engine import (
     BORDERED_CASES,
@@ -206,9 +206,9 @@ def test_strict_is_as_accurate_as_torch(kernel, fast, fast_products, cpu_isa):
     fast_products(fast)
     options = {"padding": (kernel[0] // 2,) * 2}
     x, weight, bias, _ = case(1, 96, 24, 23, 64, kernel, **options)
-    tile, products = choose_algorithm(96, 64, kernel, (24, 23), **options, accuracy="strict")
-    assert products == (BF16 if fast and kernel == (1, 1) else torch.float32)
-    y = conv_engine(x, pack_conv(weight, bias, **options, tile=tile, products=products))
+    chosen = choose_algorithm(96, 64, kernel, (24, 23), **options, dtype=BF16, accuracy="strict")
+    assert chosen.products == (BF16 if fast and kernel == (1, 1) else torch.float32)
+    y = conv_engine(x, pack_conv(weight, bias, **options, **chosen._asdict()))
     plain = conv_engine_reference(x, weight.to(BF16), bias.to(BF16), **options)
     exact = exact_result(x, weight, bias, None, **options)
     # Both round the exact sums but for some 1e-6 of them, so they may differ by as much.
@@ -293,7 +293,7 @@ def test_infinities_and_rounding(cpu_isa):
 
 def test_choice(fast_products):
     def choice(C, K, kernel=(3, 3), size=(65, 65), **options):
-        tile, products = choose_algorithm(C, K, kernel, size, **options)
+        tile, products, _ = choose_algorithm(C, K, kernel, size, **options, dtype=BF16)
         return tile, "bfloat16" if products == BF16 else "float32"
 
     same = {"padding": (1, 1)}

@@ -10,8 +10,9 @@ from torch import nn
 
 from fastseg import _C
 from fastseg.nn.packed import PackedConv2d, unsupported
-from fastseg.ops.conv_engine import activate, choose_tile, conv_engine, output_size, pack_conv
-from fastseg.ops.conv_engine_bf16 import choose_algorithm
+from fastseg.ops._conv_options import output_size
+from fastseg.ops.conv_choice import choose_algorithm
+from fastseg.ops.conv_engine import activate, conv_engine, pack_conv
 from tests.ops import test_conv_engine, test_conv_engine_bf16
 
 CASES = int(os.environ.get("FASTSEG_FUZZ_CASES", "400"))
@@ -114,11 +115,11 @@ def random_case(seed):
     products = torch.float32
     if odds(rng, 0.3):
         accuracy = rng.choice(["default", "strict"])
-        shape = (C, K, kernel, size, *options.values(), accuracy)
-        tile = choose_tile(*shape)
         if dtype == BF16:
             _C.set_bf16_products(odds(rng, 0.5))
-            tile, products = choose_algorithm(*shape)
+        tile, products, _ = choose_algorithm(
+            C, K, kernel, size, **options, dtype=dtype, accuracy=accuracy
+        )
     elif dtype == BF16 and tile < 5 and odds(rng, 0.5):
         products = BF16
     x = torch.randn(N, C, *size).to(dtype)

@@ -5,13 +5,8 @@ import torch
 from torch.library import opcheck
 
 from fastseg.nn.packed import PackedConv2d
-from fastseg.ops.conv_engine import (
-    ACTIVATIONS,
-    choose_strassen,
-    conv_engine,
-    conv_engine_reference,
-    pack_conv,
-)
+from fastseg.ops.conv_choice import choose_algorithm
+from fastseg.ops.conv_engine import ACTIVATIONS, conv_engine, conv_engine_reference, pack_conv
 from tests.ops.test_conv_engine import case, exact_result, relative_error
 
 ALLOWED = 5e-6  # largest error over largest output that the accuracy policy allows
@@ -113,7 +108,7 @@ def test_integers_are_exact():
 
 def test_choice():
     def choice(C, K, kernel=(1, 1), size=(65, 65), **options):
-        return choose_strassen(C, K, kernel, size, **options)
+        return choose_algorithm(C, K, kernel, size, **options).strassen
 
     assert choice(256, 256) == choice(2048, 512) == choice(512, 2048, size=(7, 7)) == 1
     assert choice(256, 512, stride=(2, 2)) == 1
@@ -122,7 +117,7 @@ def test_choice():
     assert choice(2048, 256) == 0  # the operands of a task would leave little of L2
     assert choice(1000, 256) == choice(256, 272) == 0  # no whole halves
     assert choice(256, 256, padding=(1, 1)) == choice(256, 256, kernel=(3, 3)) == 0
-    assert choice(256, 256, accuracy="strict") == choice(256, 256, products=torch.bfloat16) == 0
+    assert choice(256, 256, accuracy="strict") == choice(256, 256, dtype=torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("accuracy", ["default", "strict"])

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastseg.ops.conv_engine import (
-    ACTIVATIONS,
-    DEPTHWISE,
-    conv_engine,
-    conv_engine_reference,
-    pack_conv,
-)
+from fastseg.ops.conv_choice import DEPTHWISE
+from fastseg.ops.conv_engine import ACTIVATIONS, conv_engine, conv_engine_reference, pack_conv
 from tests.conftest import assert_as_accurate
 
 CASES = [  # N, C, H, W, kernel, stride, padding, dilation

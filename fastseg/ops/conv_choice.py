@@ -1,0 +1,274 @@
+"""Which algorithm the convolution engine takes for a layer: ``choose_algorithm``.
+
+A matrix product over packed pixels (any kernel, stride, dilation), and for 3x3 kernels of stride 1
+Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016) on the sub-grids of equal phase of a dilated
+convolution, on which it is not dilated: every dilation costs the same. A sub-grid is cut into tiles
+of m and m - 1 outputs, so that none reaches beyond it: the shorter ones are F(m, 3) without one of
+its points. Where the dilation is half of the image or more, a sub-grid of two by two pixels between
+zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three pixels take
+F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
+groups of five taps. Depthwise convolutions, and 3-wide kernels over images of one or three
+channels, have kernels of their own. Products of many channels take Strassen's algorithm (1969) in
+Winograd's form: seven products of halves instead of eight. It pairs each pixel with one up to 14
+further on: rounding then depends on both, and where one of them is infinite or NaN, both results
+are NaN.
+
+**float32 images.** Largest error over largest output against float64 on unit-variance data:
+
+==================  =======  ===================================================
+algorithm           error    interpolation points
+==================  =======  ===================================================
+GEMM                2e-6
+GEMM, Strassen      5e-6
+bordered, to 2      2e-6     0, +-1 and their like: exact coefficients
+bordered, to 3      1e-5     +-1/2, +-5/4, infinity
+F(2, 3)             2e-6     0, +-1, infinity
+F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
+F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
+F(5, 5), one axis   1e-5     +-1/4, +-3/4, +-5/4, +-2, infinity
+depthwise           2e-6
+==================  =======  ===================================================
+
+**bfloat16 images.** Two kinds of products compete. Multiplied in float32, every algorithm is as
+accurate as the rounding of the result, and the weights keep their float32 values. Processors with
+fast dot products of bfloat16 multiply twice as many a cycle, but weights and transformed input are
+rounded before. The same errors, of data rounded to bfloat16 and rounded once more at the end, which
+alone is up to 4e-3 (half a step), as in torch's convolution:
+
+===================  ========  ===========================
+algorithm            products  error
+===================  ========  ===========================
+all                  float32   4e-3
+GEMM                 bfloat16  4e-3
+bordered, to 2       bfloat16  1e-2
+bordered, to 3       bfloat16  1.5e-2
+F(2, 3)              bfloat16  8e-3
+F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinity
+===================  ========  ===========================
+
+F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16. In whole networks the rounding of
+the activations is the larger part. Random weights with the statistics of random images, root mean
+square error of the logits against float64, relative to that of torch's eager bfloat16 network, for
+float32 products and for the three values of ``accuracy`` with bfloat16 products (three seeds):
+
+==================  ========  =====================  ========  =========  ======
+network             autocast  float32 products       "strict"  "default"  "fast"
+==================  ========  =====================  ========  =========  ======
+deeplabv3_resnet50  0.91      0.61                   0.90      0.88       1.02
+fcn_resnet50        0.93      0.67                   0.80      0.81       1.01
+pspnet_resnet50     0.80      0.61                   0.69      0.66       0.97
+segnet_vgg16        0.97      0.81                   0.86      0.91       1.19
+==================  ========  =====================  ========  =========  ======
+
+U2-Net-p with its trained weights, on 13 photos: 0.006 to 0.014 of the root mean square logit by
+each of these but "fast" (up to 0.022), torch's eager network 0.10 to 0.24, under autocast 0.17 to
+0.39, OpenVINO 0.09 to 0.19. There a large constant was rounded, which ``fastseg.optimize`` keeps
+float32; with it rounded ours were off by 0.13 to 0.30.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import _C
+from ._conv_options import output_size, round_up
+
+# Along one axis: outputs and multiplications of a long tile, multiplications of a short one (with
+# one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
+TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
+STRICT = (1, 2)  # those that round no more than torch's own convolution
+READ = 20  # multiplications in the time that a weight takes to be read
+LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
+DEPTHWISE = 7  # one group per channel
+# The tiles whose products are in bfloat16 where those are fast.
+ROUNDED = {"strict": (), "default": (1, 2), "fast": (1, 2, 3, 4)}
+
+
+class Algorithm(NamedTuple):
+    """``tile``, ``products`` and ``strassen`` of ``pack_conv``."""
+
+    tile: int
+    products: torch.dtype = torch.float32
+    strassen: int = 0
+
+
+def choose_algorithm(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    *,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    accuracy: str = "default",
+) -> Algorithm:
+    """The algorithm for a layer and input size (H, W); ``PackedConv2d`` remembers it per size.
+
+    All of them are the engine's own. oneDNN, which torch would call, was measured beside each kind
+    of layer (benchmarks/README.md); where it is ahead, a copy of its result into the network's
+    buffers would cost what it gains.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: of the layer.
+        size: (H, W) of the input.
+        dtype: of the images, float32 or bfloat16.
+        accuracy: how far transforms may round. "default": whole networks stay within the errors of
+            the peers' own in this dtype; "strict": no more than torch's own convolution; "fast":
+            in bfloat16 up to 1.3 times the errors of torch's networks, in float32 the default.
+    """
+    if groups > 1:
+        return Algorithm(DEPTHWISE)
+    layer = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
+    if dtype == torch.bfloat16:
+        return _choose_bfloat16(*layer, accuracy)
+    tile = choose_tile(*layer, accuracy)
+    return Algorithm(tile, strassen=0 if tile else choose_strassen(*layer, accuracy))
+
+
+def choose_tile(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    accuracy: str = "default",
+) -> int:
+    """The algorithm for this layer and input size (H, W): 0 for the matrix product, a key of
+    ``TILES`` or ``LINE``.
+
+    The one with the fewest multiplications wins; a transform counts like 12 more channels on the
+    other side (on two cores F(4, 3) overtakes the matrix product between 3 and 16 channels), a
+    weight that is read like 20 multiplications (25 at 512 channels, 50 for those that come from
+    memory). F(6, 3) is for dilated convolutions of 2048 channels alone, because of its error.
+    ``accuracy="strict"`` leaves out what rounds more than torch's own convolution.
+    """
+    C, K = in_channels, out_channels
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    if tuple(stride) != (1, 1) or min(Ho, Wo, C, K) < 1:
+        return 0
+    if min(kernel_size) == 1 < max(kernel_size) and tuple(dilation) == (1, 1):
+        return _choose_line(C, K, kernel_size, (Ho, Wo), padding, accuracy)
+    if tuple(kernel_size) != (3, 3):
+        return 0
+    grid = max(-(-n // d) for n, d in zip(size, dilation, strict=True))  # pixels of a sub-grid
+    if tuple(padding) != tuple(dilation):
+        grid = 4
+    cost = {0: 9.0 * (Ho * Wo + READ) * C * K}
+    for tile in STRICT if accuracy == "strict" else TILES:
+        if tile in (1, 3) and grid > TILES[tile][0]:
+            continue
+        if tile == 6 and (C < 2048 or min(dilation) == 1):
+            continue
+        products, weights = winograd_products((Ho, Wo), dilation, tile)
+        cost[tile] = products * (C * K + 12.0 * (C + K))
+        cost[tile] += READ * weights * C * K
+    return min(cost, key=cost.__getitem__)
+
+
+def _choose_line(
+    C: int,
+    K: int,
+    kernel_size: Sequence[int],
+    output: Sequence[int],
+    padding: Sequence[int],
+    accuracy: str,
+) -> int:
+    """The same for k x 1 and 1 x k. Each line transforms ``groups - 1`` tiles more than it has."""
+    axis = 0 if kernel_size[1] == 1 else 1
+    if accuracy == "strict" or padding[1 - axis] != 0:
+        return 0
+    k, groups = kernel_size[axis], -(-kernel_size[axis] // 5)
+    tiles = -(-output[axis] // 5) + groups - 1
+    products = 9 * tiles * (C * round_up(groups * K, 16) + 12 * (C + groups * K))
+    return LINE if products < k * output[axis] * C * round_up(K, 16) else 0
+
+
+def choose_strassen(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    accuracy: str = "default",
+) -> int:
+    """Levels of Strassen's algorithm in the float32 matrix product of this layer and input size
+    (H, W): 0 or 1.
+
+    The sums of the operands cost like some 16 output channels, register tiles of half the length a
+    few percent more. Speed over the plain product, one core with AVX-512, 65x65: 128 -> 512
+    channels 0.95, 256 -> 128 0.99, 512 -> 128 1.00, 256 -> 256 1.04, 512 -> 256 1.05, 1024 -> 512
+    1.08, 1024 -> 2048 1.10; 512 -> 2048 at 7x7 1.08; 2048 -> 256, whose operands leave little of
+    L2, lost to oneDNN (0.91). With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
+    ``accuracy="strict"`` leaves it out: it rounds more than torch's own convolution.
+    """
+    C, K = in_channels, out_channels
+    if accuracy == "strict" or C % 32 or K % 64:
+        return 0
+    if tuple(kernel_size) != (1, 1) or tuple(padding) != (0, 0):
+        return 0
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    least = 256 if C <= 1024 else 512  # output channels
+    return int(C >= 256 and least <= K and Ho * Wo >= 49)
+
+
+def _choose_bfloat16(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    accuracy: str,
+) -> Algorithm:
+    """The same for bfloat16 images.
+
+    Where bfloat16 dot products are not fast, those of float32 and the tile that float32 images
+    get: nothing rounds more than the result itself, so ``accuracy`` makes no difference. Fast they
+    are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
+    are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
+    how far transforms may go: "strict" not to bfloat16, "default" as far as whole networks stay
+    within the errors of torch's own, "fast" to F(4, 3), with up to 1.3 times those errors.
+    """
+    shape = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
+    tile = choose_tile(*shape)
+    if not _C.bf16_products() or tile == LINE:
+        return Algorithm(tile)
+    if tile == 0:
+        return Algorithm(0, torch.bfloat16)
+    C, K = in_channels, out_channels
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / 2}
+    for m in {tile, 2, 4}:
+        products = winograd_products((Ho, Wo), dilation, m)[0] * (1.5 if m == 6 else 1)
+        cost[m, torch.float32] = products * (C * K + 12 * (C + K))
+        if m in ROUNDED[accuracy]:
+            cost[m, torch.bfloat16] = products * (C * K / 2 + 12 * (C + K))
+    return Algorithm(*min(cost, key=cost.__getitem__))
+
+
+def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:
+    """Multiplications per pair of channels for an output (H, W), each sub-grid cut on its own, and
+    transformed weights that take part."""
+    outputs, long_products, short_products, packed = TILES[tile]
+    products = weights = 1
+    for n, d in zip(output, dilation, strict=True):
+        length, longer = divmod(n, d)
+        long = short = 0  # tiles
+        for phases, n_phase in ((longer, length + 1), (d - longer, length)):
+            tiles = -(-n_phase // outputs)
+            shorter = min(tiles, tiles * outputs - n_phase)
+            long += phases * (tiles - shorter)
+            short += phases * shorter
+        products *= long * long_products + short * short_products
+        used = (long > 0) * long_products, (short > 0) * short_products
+        weights *= max(used) if packed == long_products else sum(used)
+    return products, weights
