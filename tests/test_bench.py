@@ -99,6 +99,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     for arguments, message in (
         (["nets"], "group must be ops, models, crf or all, got 'nets'"),
         (["ops", "--only", "x*"], "--only must match a work of 'ops', got 'x*'"),
+        (["ops", "--dtype", "float32,half"], "--dtype must be float32 or bfloat16, got 'half'"),
     ):
         code, _, err = run_cli(monkeypatch, capsys, "bench", *arguments)
         assert code == 1

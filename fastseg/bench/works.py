@@ -219,10 +219,10 @@ def _models() -> list[Work]:
     works = []
     for name, size, batches in (
         ("u2netp", (320, 320), (1, 4)),
-        ("fcn_resnet50", (513, 513), (1,)),
+        ("fcn_resnet50", (513, 513), (1, 4)),
         ("deeplabv3_resnet50", (513, 513), (1, 4)),
-        ("deeplabv3_resnet101", (513, 513), (1,)),
-        ("pspnet_resnet50", (513, 513), (1,)),
+        ("deeplabv3_resnet101", (513, 513), (1, 4)),
+        ("pspnet_resnet50", (513, 513), (1, 4)),
         ("segnet_vgg16", (360, 480), (1, 4)),
         ("unet", (360, 480), (1,)),
     ):

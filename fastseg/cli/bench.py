@@ -47,6 +47,9 @@ def bench(
         return
     if seconds <= 0:
         raise ValueError(f"bench: --seconds must be positive, got {seconds:g}")
+    precisions = [p.strip() for p in dtype.split(",")]
+    if unknown := set(precisions) - {"float32", "bfloat16"}:
+        raise ValueError(f"bench: --dtype must be float32 or bfloat16, got {unknown.pop()!r}")
     chosen = None if peers is None else [p.strip() for p in peers.split(",")]
     threads = threads or torch.get_num_threads()
     machine = describe(threads)
@@ -57,7 +60,7 @@ def bench(
             print(f"\r{text:60}", end="", file=sys.stderr)
 
     for work in works:
-        for precision in dtype.split(",") if work.group != "crf" else ["float32"]:
+        for precision in precisions if work.group != "crf" else ["float32"]:
             result = benchmarks.measure(
                 work,
                 chosen,
