@@ -225,16 +225,11 @@ struct WinogradKernel {
       const int64_t x0 = corner.x - conv.pad_w + X::kOffset * conv.dilation_w;
       const int64_t y0 = corner.y - conv.pad_h + Y::kOffset * conv.dilation_h;
       int64_t c = c_begin;
-      if constexpr (std::is_same_v<Pixel, PlainPixel<T>>) {
-        const bool inside = x0 >= 0 && x0 + (X::kIn - 1) * conv.dilation_w < conv.W && y0 >= 0 &&
-                            y0 + (Y::kIn - 1) * conv.dilation_h < conv.H;
-        if (inside) {
-          const Window<T> src{conv.x.at(corner.n, y0, x0), conv.dilation_h * conv.x.row,
-                              conv.dilation_w * conv.x.pixel};
-          for (; c < c_end && c + kLine<E> <= conv.C; c += kLine<E>) {
-            E* dst = v + (c - c_begin) * rows + r * kLine<E>;
-            transform_group(tile_y, tile_x, src, c, dst, point_stride);
-          }
+      if (Pixel::in_window(conv, y0, x0, Y::kIn, X::kIn)) {
+        const auto src = Pixel::window(conv, corner.n, y0, x0);
+        for (; c < c_end && c + kLine<E> <= conv.C; c += kLine<E>) {
+          E* dst = v + (c - c_begin) * rows + r * kLine<E>;
+          transform_group(tile_y, tile_x, src, c, dst, point_stride);
         }
       }
       if (c == c_end) continue;
@@ -309,13 +304,19 @@ struct WinogradKernel {
     const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
     Corner corner(grid, block);
     for (int64_t r = 0; r < block.rows; ++r, m += row_size(conv), corner.next()) {
-      const bool inside = !conv.pooled.data && conv.K % kLanes == 0 &&
+      const bool inside = conv.K % kLanes == 0 &&
                           corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
                           corner.x + (X::kOut - 1) * conv.dilation_w < conv.Wo;
-      T* y0 = inside ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
+      T* y0 = inside && conv.y.data ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
       const T* residual0 =
           inside && conv.residual.data ? conv.residual.at(corner.n, corner.y, corner.x) : nullptr;
       for (int64_t k = 0; k < conv.K; k += kPanel) {
+        if (inside && conv.pooled.data) {
+          for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
+            pool_channels(tile_y, tile_x, conv, epilogue, corner, k + l, m + k + l, point_stride);
+          }
+          continue;
+        }
         if (inside) {
           for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
             const Vec bias = load(conv.bias + k + l);
@@ -352,6 +353,38 @@ struct WinogradKernel {
           }
         }
       }
+    }
+  }
+
+  // kLanes channels of one tile, whose windows are all whole, to pooled pixels.
+  template <class Y, class X>
+  static void pool_channels(Y tile_y, X tile_x, const Conv& conv, const Epilogue& epilogue,
+                            const Corner& corner, int64_t channel, const float* m,
+                            int64_t point_stride) {
+    if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
+      const auto at = [&](auto image, int64_t y, int64_t x) {
+        return image.data ? image.at(corner.n, y, x) + channel : nullptr;
+      };
+      const Image<T> image = conv.y, pooled_image = conv.pooled;
+      const Image<const T> residual_image = conv.residual;
+      const Image<uint8_t> code_image = conv.codes;
+      T* y = at(image, corner.y, corner.x);
+      const T* residual = at(residual_image, corner.y, corner.x);
+      T* pooled = at(pooled_image, corner.y / 2, corner.x / 2);
+      uint8_t* codes = at(code_image, corner.y / 2, corner.x / 2);
+      const Vec bias = load(conv.bias + channel);
+      Vec row[2][X::kOut];
+      inverse_transform(tile_y, tile_x, m, point_stride, [&](int i, int j, Vec v) {
+        Vec added{};
+        if (residual) added = load(residual + i * residual_image.row + j * residual_image.pixel);
+        v = rounded<T>(finish(epilogue, v, bias, added));
+        if (y) store_output(epilogue, v, y + i * image.row + j * image.pixel);
+        row[i % 2][j] = v;
+        if (i % 2 == 0 || j % 2 == 0) return;
+        pool_window(row[0][j - 1], row[0][j], row[1][j - 1], v,
+                    pooled + i / 2 * pooled_image.row + j / 2 * pooled_image.pixel,
+                    codes ? codes + i / 2 * code_image.row + j / 2 * code_image.pixel : nullptr);
+      });
     }
   }
 

@@ -13,6 +13,7 @@ SHAPES = [  # N, C, H, W, K
     (2, 20, 13, 11, 33),
     (1, 16, 2, 3, 5),
     (3, 32, 9, 6, 48),
+    (1, 32, 18, 20, 32),  # every length of tile inside the image
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
