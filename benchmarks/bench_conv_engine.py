@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fastseg
 from fastseg.nn.packed import PackedConv2d
+from fastseg.nn.packed_sum import PackedConvSum2d
 
 # N, C, H, W, K, kernel, stride, dilation: layers of dilated ResNets at 513x513.
 SHAPES = [
@@ -31,6 +32,16 @@ SHAPES = [
     (1, 128, 129, 129, 128, 3, 2, 1),
 ]
 
+
+# C, C2, H = W, K, stride of the second: both paths of the first blocks of the same.
+SHORTCUTS = [
+    (64, 64, 129, 256, 1),
+    (128, 256, 65, 512, 2),
+    (256, 512, 65, 1024, 1),
+    (512, 1024, 65, 2048, 1),
+    (256, 512, 33, 1024, 2),
+    (512, 1024, 17, 2048, 2),
+]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -71,6 +82,44 @@ def bench_conv_engine(compare, benchmark, shape, dtype):
         variants["fastseg, float32"] = lambda: single(x_single)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     compare(variants, flops=2 * numel * C * kernel * kernel, tolerance=tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHORTCUTS, ids=str)
+def bench_shortcut(compare, benchmark, shape, dtype):
+    """The last convolution of a bottleneck and that of its shortcut, added."""
+    C, C2, H, K, stride = shape
+    benchmark.group = f"relu(conv({C} -> {K}) + conv({C2} -> {K})) at {H}x{H}, {stride} {dtype}"
+    convs = torch.nn.Conv2d(C, K, 1), torch.nn.Conv2d(C2, K, 1, stride)
+    first = PackedConv2d(convs[0], activation="relu", dtype=dtype)
+    second = PackedConv2d(convs[1], dtype=dtype)
+    both = PackedConvSum2d(first, second)
+    sizes = (1, C, H, H), (1, C2, *[(H - 1) * stride + 1] * 2)
+    x, other = (torch.randn(s).to(dtype, memory_format=torch.channels_last) for s in sizes)
+    weights, strides = [], ([1, 1], [stride] * 2)
+    for conv, s, size in zip(convs, strides, sizes, strict=True):
+        conv.to(dtype)
+        weights.append(
+            torch.ops.mkldnn._reorder_convolution_weight(
+                conv.weight.detach(), [0, 0], s, [1, 1], 1, list(size)
+            )
+        )
+
+    def onednn():
+        y = torch.ops.mkldnn._convolution_pointwise(
+            other, weights[1], convs[1].bias, [0, 0], strides[1], [1, 1], 1, "none", [], ""
+        )
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, weights[0], convs[0].bias, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], ""
+        )
+
+    variants = {
+        "fastseg": lambda: both(x, other),
+        "fastseg, one after the other": lambda: first(x, second(other)),
+        "oneDNN, prepared": onednn,
+    }
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    compare(variants, flops=2 * H * H * K * (C + C2), tolerance=tolerance)
 
 
 @DTYPES

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from .nn.packed import PackedConv2d
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
+from .nn.packed_sum import PackedConvSum2d
 from .nn.packed_transposed import PackedConvTranspose2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
 from .nn.pyramid_pooling import GridPool2d, PyramidConv2d
@@ -27,7 +28,7 @@ from .nn.resize import Resize2d
 
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
-PACKED = (PackedConv2d, PackedConvTranspose2d)
+PACKED = (PackedConv2d, PackedConvSum2d, PackedConvTranspose2d)
 STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)

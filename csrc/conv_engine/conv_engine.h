@@ -76,12 +76,17 @@ struct Convolution {
   Image<T> pooled;               // of y; data == nullptr: not wanted. Else y.data may be null
   Image<uint8_t> codes;          // and where in its window each maximum lies, or null
   int64_t Hp, Wp;                // windows
+  // A 1x1 convolution of another image to be summed with a 1x1 convolution: the reduction goes on
+  // with its channels.
+  Image<const T> x2;
+  int64_t C2;  // 0: none
+  int64_t stride2_h, stride2_w;
 
   int64_t pixels() const { return N * Ho * Wo; }
   int64_t panels() const { return ceil_div(K, kPanel); }
   // Lengths of the reduction of a tap and of the GEMM form, a whole number of lines.
   int64_t channels() const { return round_up(C, kLine<E>); }
-  int64_t depth() const { return round_up(R * S * C, kLine<E>); }
+  int64_t depth() const { return round_up(R * S * C + C2, kLine<E>); }
 
   // Whether every output pixel reads one pixel of the input, one after the other in memory.
   bool is_pointwise() const {
@@ -89,6 +94,15 @@ struct Convolution {
            (H == 1 || x.row == W * flat_stride()) && (N == 1 || x.batch == H * W * flat_stride());
   }
   int64_t flat_stride() const { return W > 1 ? x.pixel : H > 1 ? x.row : x.batch; }
+
+  // What output pixel (oy, ox) reads of the other image, and whether such pixels follow each other.
+  const T* summand(int64_t n, int64_t oy, int64_t ox) const {
+    return x2.at(n, oy * stride2_h, ox * stride2_w);
+  }
+  bool summand_is_flat() const {
+    return stride2_h == 1 && stride2_w == 1 && (Ho == 1 || x2.row == Wo * x2.pixel) &&
+           (N == 1 || x2.batch == Ho * Wo * x2.pixel);
+  }
 };
 
 // How the matrix product of a convolution is cut into blocks of output pixels, see gemm_conv.inl.
@@ -98,11 +112,12 @@ struct GemmForm {
     kLines,     // pixels of one line of output
     kGathered,  // any pixels, each with its taps copied to one place: very narrow images
   } rows;
-  int64_t taps;         // of a kernel row that are read as one run
-  int64_t blocks;       // all of them
-  int64_t line_blocks;  // those of a line
-  int64_t width, copy;  // pixels of a line and operands that the copy of a block takes
-  bool panels_first;    // the outer loop; else the blocks
+  int64_t taps;          // of a kernel row that are read as one run
+  int64_t blocks;        // all of them
+  int64_t line_blocks;   // those of a line
+  int64_t width, copy;   // pixels of a line and operands that the copy of a block takes
+  int64_t summand_copy;  // where in it those of the second image begin
+  bool panels_first;     // the outer loop; else the blocks
 };
 
 // Where an output pixel lies, and its residual or null.

@@ -39,6 +39,12 @@ struct Poolings {
   std::optional<Tensor> pooled, codes;
 };
 
+// The 1x1 convolution that is summed with this one, if there is an image for it.
+struct Summand {
+  std::optional<Tensor> x;
+  int64_t stride_h, stride_w;
+};
+
 // Output size of one axis.
 int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   FASTSEG_CHECK(kernel >= 1 && stride >= 1 && pad >= 0 && dilation >= 1,
@@ -95,9 +101,31 @@ void set_poolings(Conv& conv, const Tensor& x, const Poolings& p, int64_t tile) 
 }
 
 template <class Conv>
+void set_summand(Conv& conv, const Summand& summand, const Options& o) {
+  if (!summand.x) return;
+  const Tensor& x = *summand.x;
+  conv.x2 = input_image<typename Conv::Storage>(x, "the summand");
+  conv.C2 = x.size(1);
+  conv.stride2_h = summand.stride_h, conv.stride2_w = summand.stride_w;
+  FASTSEG_CHECK(o.tile == 0 && o.R == 1 && o.S == 1 && o.pad_h == 0 && o.pad_w == 0,
+                "conv_engine: only 1x1 kernels without padding can be summed");
+  FASTSEG_CHECK(conv.C > 0 && conv.C2 > 0 && conv.C % kPerWord<typename Conv::Operand> == 0 &&
+                    conv.C2 % kPerWord<typename Conv::Operand> == 0,
+                "conv_engine: of bfloat16 products only even numbers of channels can be summed, "
+                "got ",
+                conv.C, " and ", conv.C2);
+  FASTSEG_CHECK(!o.strassen || (conv.C % (2 * kGroup) == 0 && conv.C2 % (2 * kGroup) == 0),
+                "conv_engine: strassen needs summands of multiples of 32 channels, got ", conv.C,
+                " and ", conv.C2);
+  FASTSEG_CHECK(x.size(0) == conv.N && output_size(x.size(2), 1, conv.stride2_h, 0, 1) == conv.Ho &&
+                    output_size(x.size(3), 1, conv.stride2_w, 0, 1) == conv.Wo,
+                "conv_engine: the summand does not have the size of the output");
+}
+
+template <class Conv>
 void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
             const std::optional<Tensor>& out, int64_t out_channels, const Options& o,
-            const Poolings& poolings) {
+            const Poolings& poolings, const Summand& summand) {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
   Conv conv{};
@@ -112,6 +140,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.pad_h = o.pad_h, conv.pad_w = o.pad_w;
   conv.dilation_h = o.dilation_h, conv.dilation_w = o.dilation_w;
   set_poolings(conv, x, poolings, o.tile);
+  set_summand(conv, summand, o);
   FASTSEG_CHECK(out || conv.pooled.data || conv.pixels() == 0, "conv_engine: nothing to write to");
   if (out) {
     conv.y = output_image<T>(*out, "out");
@@ -125,7 +154,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
-  check_tile<E>(o.tile, conv.K, conv.C, o.R, o.S, o.strassen);
+  check_tile<E>(o.tile, conv.K, conv.C + conv.C2, o.R, o.S, o.strassen);
   FASTSEG_CHECK(!o.strassen || (o.pad_h == 0 && o.pad_w == 0),
                 "conv_engine: strassen needs padding 0, got ", o.pad_h, " and ", o.pad_w);
   FASTSEG_CHECK(o.tile != kDepthwiseTile || conv.K == conv.C,
@@ -145,7 +174,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                 "conv_engine: bordered tiles need padding == dilation and sub-grids of at most ",
                 most, " pixels, got ", conv.H, "x", conv.W, " at dilation ", o.dilation_h, "x",
                 o.dilation_w);
-  const int64_t size = packed_size<E>(conv.K, conv.C, o.R * o.S, o.tile, o.strassen);
+  const int64_t size = packed_size<E>(conv.K, conv.C + conv.C2, o.R * o.S, o.tile, o.strassen);
   FASTSEG_CHECK(
       packed.is_contiguous() && packed.numel() == size + round_up(conv.K, kPanel) * kPerWord<E>,
       "conv_engine: weights were packed for another convolution");
@@ -179,18 +208,19 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
 }
 
 void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
-         const std::optional<Tensor>& out, int64_t K, const Options& o, const Poolings& p = {}) {
+         const std::optional<Tensor>& out, int64_t K, const Options& o, const Poolings& p = {},
+         const Summand& s = {}) {
   const bool dots = packed.scalar_type() == ScalarType::BFloat16;
   FASTSEG_CHECK(dots || packed.scalar_type() == ScalarType::Float,
                 "conv_engine: packed weights must come from conv_engine_pack");
   if (x.scalar_type() != ScalarType::BFloat16) {
     FASTSEG_CHECK(!dots, "conv_engine: weights packed for bfloat16 products need a bfloat16 image");
-    run_as<Convolution<float, float>>(x, packed, residual, out, K, o, p);
+    run_as<Convolution<float, float>>(x, packed, residual, out, K, o, p, s);
   } else if (dots) {
     FASTSEG_COUNT("conv_engine.bf16_products");
-    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, p);
+    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, p, s);
   } else {
-    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, p);
+    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, p, s);
   }
 }
 
@@ -236,6 +266,20 @@ void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int
       {x_codes, H, W, pooled, codes});
 }
 
+void conv_engine_sum(const Tensor& x, const Tensor& summand, int64_t summand_stride_h,
+                     int64_t summand_stride_w, const Tensor& packed, const Tensor& out, int64_t R,
+                     int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                     int64_t dilation_h, int64_t dilation_w, int64_t tile, int64_t activation,
+                     double slope, bool residual_last, int64_t strassen) {
+  FASTSEG_CHECK(x.dim() == 4 && summand.dim() == 4 && out.dim() == 4,
+                "conv_engine: x, summand and out must be (N, C, H, W)");
+  FASTSEG_COUNT("conv_engine.sum");
+  run(x, packed, {}, out, out.size(1),
+      {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
+       residual_last, strassen},
+      {}, {summand, summand_stride_h, summand_stride_w});
+}
+
 }  // namespace
 }  // namespace conv_engine
 
@@ -249,12 +293,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
       "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
   m.def(
+      "conv_engine_sum(Tensor x, Tensor other, int other_stride_h, int other_stride_w, "
+      "Tensor packed, Tensor(a!) out, int R, int S, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dilation_h, int dilation_w, int tile, int activation, float slope, "
+      "bool residual_last=False, int strassen=0) -> ()");
+  m.def(
       "conv_engine_pool(Tensor x, Tensor? x_codes, int H, int W, Tensor packed, Tensor? residual, "
       "Tensor(a!)? out, Tensor(b!)? pooled, Tensor(c!)? codes, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
       "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
+  m.impl("conv_engine_sum", TORCH_BOX(&conv_engine::conv_engine_sum));
   m.impl("conv_engine", TORCH_BOX(&conv_engine::conv_engine_cpu));
   m.impl("conv_engine_out", TORCH_BOX(&conv_engine::conv_engine_out));
   m.impl("conv_engine_pool", TORCH_BOX(&conv_engine::conv_engine_pool));

@@ -1,6 +1,7 @@
 // Any convolution as one matrix product: rows are output pixels, the reduction is (tap, channel).
 // A block of rows reads the image where it lies; at its left and right border, and where operands
-// are another type than images, a small copy with zeros around. There is no im2col matrix.
+// are another type than images, a small copy with zeros around. There is no im2col matrix. With a
+// second image to be summed the reduction of a 1x1 kernel goes on with the channels of that.
 // Packed weight: [panel][depth / kPerWord][kPanel][kPerWord].
 
 // Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
@@ -69,7 +70,7 @@ FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Co
 
 // What a piece of the reduction fetches that begins `steps` steps behind the start of runs h.
 FASTSEG_INLINE NextRuns from_step(const NextRuns& ahead, int64_t h, int64_t steps) {
-  return {ahead.data + h * ahead.run + steps * 64, ahead.run};
+  return {ahead.data + h * ahead.run + steps * 64, ahead.run, ahead.then};
 }
 
 // One convolution on one instruction set.
@@ -81,8 +82,8 @@ struct GemmKernel {
   // Output pixels that a register tile computes at once, and where they read.
   struct Block {
     int64_t rows;
-    Patch<E> patch;
-    int64_t skipped;  // runs before the first of the patch that lie outside of the image
+    Patch<E> patch, summand;  // the latter of the second image
+    int64_t skipped;          // runs before the first of the patch that lie outside of the image
     PixelAddress<T> pixels[kRows];
   };
 
@@ -107,6 +108,8 @@ struct GemmKernel {
       form.blocks = ceil_div(conv.pixels(), kRows);
       form.copy = kRows * conv.depth();
     }
+    form.summand_copy = form.copy;
+    if (conv.C2 && !(kSame && conv.summand_is_flat())) form.copy += kRows * conv.C2;
     return form;
   }
 
@@ -125,7 +128,7 @@ struct GemmKernel {
         for (int64_t i = 0; i < count; ++i) {
           if (i + 1 < count) fetch_pixels(conv, blocks[i + 1], panel);
           if (panel == panel_begin && i + 1 < count) {
-            multiply(conv, blocks[i], panel, ahead_of(blocks[i + 1].patch));
+            multiply(conv, blocks[i], panel, ahead_of(blocks[i + 1]));
           } else {
             // Half of the next panel in the turn of each of two blocks.
             multiply(conv, blocks[i], panel,
@@ -146,7 +149,7 @@ struct GemmKernel {
             fetch_pixels(conv, next, panel_begin);
           }
           multiply(conv, block, panel,
-                   ahead_of(panel == panel_begin && i + 1 < count ? next.patch : block.patch));
+                   ahead_of(panel == panel_begin && i + 1 < count ? next : block));
         }
       }
     }
@@ -156,12 +159,14 @@ struct GemmKernel {
   static int64_t block_bytes() { return sizeof(Block); }
 
  private:
-  static NextRuns ahead_of(const Patch<E>& patch) {
-    return {reinterpret_cast<const char*>(patch.data),
-            patch.run_h * static_cast<int64_t>(sizeof(E))};
+  static NextRuns ahead_of(const Block& block) {
+    return {reinterpret_cast<const char*>(block.patch.data),
+            block.patch.run_h * static_cast<int64_t>(sizeof(E)),
+            reinterpret_cast<const char*>(block.summand.data)};
   }
   static NextRuns ahead_of(const Conv& conv, const E* weight) {
-    return {reinterpret_cast<const char*>(weight), 0};
+    const char* lines = reinterpret_cast<const char*>(weight);
+    return {lines, 0, lines + conv.C / kPerWord<E> * 64};
   }
 
   FASTSEG_INLINE void fetch_pixels(const Conv& conv, const Block& block, int64_t panel) {
@@ -170,50 +175,61 @@ struct GemmKernel {
 
   // One panel of a block.
   static void multiply(const Conv& conv, const Block& block, int64_t panel, NextRuns ahead) {
-    const Patch<E>& whole = block.patch;
     const int64_t k = panel * kPanel, rows = block.rows;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
-    const E* b = conv.weight + k * conv.depth() + block.skipped * whole.length * kPanel;
+    const E* b = conv.weight + k * conv.depth() + block.skipped * block.patch.length * kPanel;
     const bool vectors = columns % kLanes == 0 && is_short(conv.activation);
     alignas(64) float pieces[kRows * kPanel];
     OutputPixels<Conv> out(conv, k, block.pixels);
-    if (whole.runs_h * whole.runs_w * whole.length <= kGemmPiece) {
-      if (vectors) return patch_tile(rows, columns, whole, b, ahead, out);
-      patch_tile(rows, columns, whole, b, ahead, StoreTile{pieces});
+    if (block.patch.terms() <= kGemmPiece) {
+      if (vectors) return patch_tile(rows, columns, block.patch, b, ahead, out);
+      patch_tile(rows, columns, block.patch, b, ahead, StoreTile{pieces});
     } else {
-      // Whole runs where they fit into a piece.
-      const int64_t length = std::min(whole.length, kGemmPiece);
-      const int64_t runs_w =
-          length < whole.length ? 1 : std::clamp<int64_t>(kGemmPiece / length, 1, whole.runs_w);
-      const int64_t runs_h = length < whole.length || runs_w < whole.runs_w
-                                 ? 1
-                                 : std::max<int64_t>(kGemmPiece / (runs_w * length), 1);
       bool first = true;
-      for (int64_t h = 0; h < whole.runs_h; h += runs_h) {
-        for (int64_t w = 0; w < whole.runs_w; w += runs_w) {
-          for (int64_t d = 0; d < whole.length; d += length) {
-            Patch<E> piece = whole;
-            piece.data += h * whole.run_h + w * whole.run_w + d;
-            piece.runs_h = std::min(runs_h, whole.runs_h - h);
-            piece.runs_w = std::min(runs_w, whole.runs_w - w);
-            piece.length = std::min(length, whole.length - d);
-            const bool last = h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
-                              d + length >= whole.length;
-            const NextRuns next = from_step(ahead, h, (w * whole.length + d) / kPerWord<E>);
-            if (last && vectors) {
-              out.base = pieces;
-              return patch_tile(rows, columns, piece, b, next, out);
-            }
-            patch_tile(rows, columns, piece, b, next, StoreTile{pieces, !first});
-            b += piece.runs_h * piece.runs_w * piece.length * kPanel;
-            first = false;
-          }
+      const auto add = [&](const Patch<E>& piece, const NextRuns& next, bool last) {
+        if (last && vectors) {
+          out.base = pieces;
+          patch_tile(rows, columns, piece, b, next, out);
+        } else {
+          patch_tile(rows, columns, piece, b, next, StoreTile{pieces, !first});
         }
-      }
+        b += piece.terms() * kPanel;
+        first = false;
+      };
+      for_pieces(block.patch, ahead, !block.patch.then, add);
+      if (block.patch.then) for_pieces(block.summand, {ahead.then, 0}, true, add);
+      if (vectors) return;
     }
     for (int64_t r = 0; r < rows; ++r) {
       finish_pixel(conv, k, columns, pieces + r * kPanel, block.pixels[r].y,
                    block.pixels[r].residual);
+    }
+  }
+
+  // Calls fn with each piece of a patch, whole runs where they fit, and what that fetches; `last`
+  // for the last piece if it is the last patch.
+  template <class Fn>
+  static void for_pieces(const Patch<E>& whole, const NextRuns& ahead, bool last, const Fn& fn) {
+    const int64_t length = std::min(whole.length, kGemmPiece);
+    const int64_t runs_w =
+        length < whole.length ? 1 : std::clamp<int64_t>(kGemmPiece / length, 1, whole.runs_w);
+    const int64_t runs_h = length < whole.length || runs_w < whole.runs_w
+                               ? 1
+                               : std::max<int64_t>(kGemmPiece / (runs_w * length), 1);
+    for (int64_t h = 0; h < whole.runs_h; h += runs_h) {
+      for (int64_t w = 0; w < whole.runs_w; w += runs_w) {
+        for (int64_t d = 0; d < whole.length; d += length) {
+          Patch<E> piece = whole;
+          piece.data += h * whole.run_h + w * whole.run_w + d;
+          piece.runs_h = std::min(runs_h, whole.runs_h - h);
+          piece.runs_w = std::min(runs_w, whole.runs_w - w);
+          piece.length = std::min(length, whole.length - d);
+          piece.then = nullptr;
+          fn(piece, from_step(ahead, h, (w * whole.length + d) / kPerWord<E>),
+             last && h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
+                 d + length >= whole.length);
+        }
+      }
     }
   }
 
@@ -240,6 +256,8 @@ struct GemmKernel {
         block.patch = {copy, depth, 0, 0, 1, 1, round_up(conv.R * conv.S * conv.C, kPerWord<E>)};
       }
     }
+    block.summand = {};
+    if (conv.C2) place_summand(conv, n, oy, ox, copy + form.summand_copy, block);
     for (int64_t r = 0; r < block.rows;) {
       const int64_t run = std::min(block.rows - r, conv.Wo - ox);
       T* y = conv.y.at(n, oy, ox);
@@ -271,6 +289,7 @@ struct GemmKernel {
     const int64_t inside = ceil_div(std::max<int64_t>(conv.H - iy, 0), conv.dilation_h);
     const int64_t h0 = std::min(above, conv.R), h1 = std::clamp(inside, h0, conv.R);
     Patch<E>& patch = block.patch;
+    patch.then = nullptr;
     patch.runs_h = h1 - h0;
     patch.runs_w = conv.S / form.taps;
     patch.length = form.taps * conv.C;
@@ -298,6 +317,26 @@ struct GemmKernel {
       for (int64_t w = 0; w < patch.runs_w; ++w, copy += width * conv.C) {
         copy_pixels(conv, n, y0 + h * conv.dilation_h, ix + w * conv.dilation_w, step, width, copy);
       }
+    }
+  }
+
+  // The pixels of the second image, from that of output (oy, ox) on.
+  static void place_summand(const Conv& conv, int64_t n, int64_t oy, int64_t ox, E* copy,
+                            Block& block) {
+    block.patch.then = &block.summand;
+    if constexpr (std::is_same_v<T, E>) {
+      if (ox + block.rows <= conv.Wo || conv.summand_is_flat()) {
+        block.summand = {
+            conv.summand(n, oy, ox), conv.stride2_w * conv.x2.pixel, 0, 0, 1, 1, conv.C2};
+        return;
+      }
+    }
+    block.summand = {copy, conv.C2, 0, 0, 1, 1, conv.C2};
+    for (int64_t r = 0; r < block.rows; ++r, copy += conv.C2) {
+      copy_run(conv.summand(n, oy, ox), copy, conv.C2);
+      if (++ox < conv.Wo) continue;
+      ox = 0;
+      if (++oy == conv.Ho) oy = 0, ++n;
     }
   }
 

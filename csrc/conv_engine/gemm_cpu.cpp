@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/cache.h"
@@ -73,7 +74,7 @@ void run_strassen(const Conv& conv) {
   const int64_t pair_bytes = FASTSEG_ISA_CALL(StrassenKernel<Conv>::pair_bytes)();
   const int64_t operands = FASTSEG_ISA_CALL(StrassenKernel<Conv>::operands_size)(conv);
   const int64_t pair_rows = ceil_div(conv.pixels(), pairs);
-  const int64_t pair_floats = operands + pair_rows * conv.C;
+  const int64_t pair_floats = operands + pair_rows * (conv.C + conv.C2);
   const int64_t least = ceil_div(4 * kMaxRows, pair_rows);
   const int64_t most = l2_bytes() / 4 / (pair_floats * static_cast<int64_t>(sizeof(float)));
   const int64_t tasks = ceil_div(pairs, std::max(most, least));
@@ -96,7 +97,7 @@ void run_strassen(const Conv& conv) {
 // Few outputs of many channels: 64 -> 1 at 320x320 took 33 ms as a matrix product on one core.
 template <class Conv>
 bool is_narrow(const Conv& conv) {
-  return conv.K <= kNarrowOutputs && conv.C >= kGroup;
+  return conv.K <= kNarrowOutputs && conv.C >= kGroup && !conv.C2;
 }
 
 template <class Conv>

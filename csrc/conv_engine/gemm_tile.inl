@@ -58,19 +58,23 @@ struct Patch {
   const E* data;
   int64_t row, run_h, run_w;  // strides
   int64_t runs_h, runs_w, length;
+  const Patch* then = nullptr;  // the reduction goes on with this one
+
+  int64_t terms() const { return runs_h * runs_w * length + (then ? then->terms() : 0); }
 };
 
 // What the core reads next, fetched meanwhile: from data + h * run on for every row of runs, a line
-// for each step.
+// for each step; from `then` on in the steps of the second patch.
 struct NextRuns {
   const char* data;
   int64_t run;
+  const char* then = nullptr;
 };
 
 // The same of a patch. Three rows share an address register: with one for each there were not
 // enough.
 template <int R, int V, class E, class Rows>
-FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const NextRuns& ahead,
+FASTSEG_INLINE void patch_registers(const Patch<E>& first, const E* b, const NextRuns& ahead,
                                     int64_t column, const Rows& rows) {
   const Rows out = rows;
   Vec acc[R][V];
@@ -79,8 +83,8 @@ FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const Nex
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = out.start(r, column + v * kLanes);
   }
-  int64_t row = patch.row;
-  const char* fetch = ahead.data;
+  int64_t row;
+  const char* fetch;
   const auto step = [&](const E* const* a, int l) __attribute__((always_inline)) {
     decltype(load_words(b)) panel[V];
 #pragma GCC unroll 2
@@ -96,26 +100,29 @@ FASTSEG_INLINE void patch_registers(const Patch<E>& patch, const E* b, const Nex
     }
     b += kPanel * kPerWord<E>;
   };
-  for (int64_t h = 0; h < patch.runs_h; ++h) {
-    fetch = ahead.data + h * ahead.run;
-    for (int64_t w = 0; w < patch.runs_w; ++w) {
-      const E* a[(R + 2) / 3];
+  for (const Patch<E>* patch = &first; patch; patch = patch->then) {
+    row = patch->row;
+    for (int64_t h = 0; h < patch->runs_h; ++h) {
+      fetch = patch == &first ? ahead.data + h * ahead.run : ahead.then;
+      for (int64_t w = 0; w < patch->runs_w; ++w) {
+        const E* a[(R + 2) / 3];
 #pragma GCC unroll 5
-      for (int i = 0; i < (R + 2) / 3; ++i) {
-        a[i] = patch.data + h * patch.run_h + w * patch.run_w + 3 * i * patch.row;
-      }
-      constexpr int kUnroll = 4;
-      int64_t d = kUnroll * kPerWord<E>;
-      for (; d <= patch.length; d += kUnroll * kPerWord<E>) {
+        for (int i = 0; i < (R + 2) / 3; ++i) {
+          a[i] = patch->data + h * patch->run_h + w * patch->run_w + 3 * i * patch->row;
+        }
+        constexpr int kUnroll = 4;
+        int64_t d = kUnroll * kPerWord<E>;
+        for (; d <= patch->length; d += kUnroll * kPerWord<E>) {
 #pragma GCC unroll 4
-        for (int l = 0; l < kUnroll; ++l) step(a, l);
+          for (int l = 0; l < kUnroll; ++l) step(a, l);
 #pragma GCC unroll 5
-        for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kUnroll * kPerWord<E>;
-      }
-      for (d -= kUnroll * kPerWord<E>; d < patch.length; d += kPerWord<E>) {
-        step(a, 0);
+          for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kUnroll * kPerWord<E>;
+        }
+        for (d -= kUnroll * kPerWord<E>; d < patch->length; d += kPerWord<E>) {
+          step(a, 0);
 #pragma GCC unroll 5
-        for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kPerWord<E>;
+          for (int i = 0; i < (R + 2) / 3; ++i) a[i] += kPerWord<E>;
+        }
       }
     }
   }

@@ -1,5 +1,6 @@
 // 1x1 convolutions as a matrix product by strassen.inl: rows are output pixels, the reduction is
-// the channels, a pair of panels is 2 * kPanel output channels side by side.
+// the channels, a pair of panels is 2 * kPanel output channels side by side. With a second image to
+// be summed each half of the reduction is half of the channels of both.
 // Packed weight: [pair of panels][product][C / 2][kPanel].
 
 template <class Conv>
@@ -9,8 +10,8 @@ struct StrassenKernel {
   // An upper and a lower block of pixels, and where the products read.
   struct Pair {
     int64_t rows[2];
-    const T* x[2 * kRows];
-    Patch<float> operands[kStrassenProducts];
+    const T *x[2 * kRows], *x2[2 * kRows];
+    Patch<float> operands[kStrassenProducts], summands[kStrassenProducts];
     PixelAddress<T> pixels[2][kRows];
     StrassenSums sums;
   };
@@ -33,7 +34,9 @@ struct StrassenKernel {
       place(conv, begin + i, pairs[i]);
       prepare(conv, operands + i * size, pairs[i]);
     }
-    const int64_t part = conv.C / 4 * kPanel;  // what one turn of a pair fetches
+    // What one turn of a pair fetches of weights and of either image.
+    const int64_t part = half(conv) / 2 * kPanel;
+    const int64_t x_part = conv.C / 4 * kPanel, x2_part = conv.C2 / 4 * kPanel;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       for (int product = 0; product < kStrassenProducts; ++product) {
         for (int64_t i = 0; i < count; ++i) {
@@ -43,17 +46,19 @@ struct StrassenKernel {
             fetch_pixels(conv, pairs[0], panel, product + 1);
           }
           // Half of the weights of the next product in the turn of each of two pairs.
-          const void* ahead = weights(conv, panel, product + 1) + (i & 1) * part;
+          NextRuns ahead = lines(conv, weights(conv, panel, product + 1) + (i & 1) * part);
           if (panel + 1 == panel_end) {
             const int64_t turn = product * count + i;
             if (product < 4) {
-              ahead = pixel(conv, part_begin(conv.pixels(), StrassenKernel::pairs(conv), next)) +
-                      turn * part;
+              const auto [x, x2] =
+                  pixel(conv, part_begin(conv.pixels(), StrassenKernel::pairs(conv), next));
+              ahead = {reinterpret_cast<const char*>(x + turn * x_part), 0,
+                       reinterpret_cast<const char*>(x2 + turn * x2_part)};
             } else {
-              ahead = weights(conv, panel_begin, 0) + (turn - 4 * count) * part;
+              ahead = lines(conv, weights(conv, panel_begin, 0) + (turn - 4 * count) * part);
             }
           }
-          multiply(conv, pairs[i], panel, product, {static_cast<const char*>(ahead), 0});
+          multiply(conv, pairs[i], panel, product, ahead);
         }
       }
     }
@@ -62,18 +67,27 @@ struct StrassenKernel {
 
  private:
   // Whether A11, A12 and A22 can be read where they lie.
-  static bool in_place(const Conv& conv) { return std::is_same_v<T, float> && conv.is_pointwise(); }
+  static bool in_place(const Conv& conv) {
+    return std::is_same_v<T, float> && conv.is_pointwise() && (!conv.C2 || conv.summand_is_flat());
+  }
+  static int64_t half(const Conv& conv) { return (conv.C + conv.C2) / 2; }
   // A line more than it needs to be, so that rows do not fall on the same cache sets.
-  static int64_t operand_row(const Conv& conv) { return conv.C / 2 + kGroup; }
+  static int64_t operand_row(const Conv& conv) { return half(conv) + kGroup; }
 
   static const float* weights(const Conv& conv, int64_t panel, int64_t product) {
-    return conv.weight + (panel * kStrassenProducts + product) * conv.C / 2 * kPanel;
+    return conv.weight + (panel * kStrassenProducts + product) * half(conv) * kPanel;
+  }
+  // Fetches weights: a line for each step of a product.
+  static NextRuns lines(const Conv& conv, const float* weights) {
+    return {reinterpret_cast<const char*>(weights), 0,
+            reinterpret_cast<const char*>(weights + conv.C / 2 * kGroup)};
   }
 
   // What output pixel number `index` reads.
-  static const T* pixel(const Conv& conv, int64_t index) {
+  static std::pair<const T*, const T*> pixel(const Conv& conv, int64_t index) {
     const int64_t line = index / conv.Wo, ox = index % conv.Wo;
-    return conv.x.at(line / conv.Ho, line % conv.Ho * conv.stride_h, ox * conv.stride_w);
+    const int64_t n = line / conv.Ho, oy = line % conv.Ho;
+    return {conv.x.at(n, oy * conv.stride_h, ox * conv.stride_w), conv.summand(n, oy, ox)};
   }
 
   static void place(const Conv& conv, int64_t index, Pair& pair) {
@@ -89,40 +103,60 @@ struct StrassenKernel {
       to.y = conv.y.at(n, oy, ox);
       to.residual = conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr;
       pair.x[r] = conv.x.at(n, oy * conv.stride_h, ox * conv.stride_w);
+      pair.x2[r] = conv.summand(n, oy, ox);
       if (++ox == conv.Wo) ox = 0, ++line;
     }
   }
 
   // The left operands.
   static void prepare(const Conv& conv, float* buffer, Pair& pair) {
-    const int64_t half = conv.C / 2, row = operand_row(conv), upper = pair.rows[0];
+    const int64_t row = operand_row(conv), upper = pair.rows[0];
     float* made[kStrassenProducts] = {};
     for (const int operand : {2, 3, 5, 6}) made[operand] = buffer, buffer += kRows * row;
     if (!in_place(conv)) {
       for (const int operand : {0, 1, 4}) made[operand] = buffer, buffer += kRows * row;
     }
     for (int i = 0; i < kStrassenProducts; ++i) {
-      pair.operands[i] = {made[i], row, 0, 0, 1, 1, half};
+      pair.operands[i] = {made[i], row, 0, 0, 1, 1, conv.C / 2};
+      if (!conv.C2) continue;
+      const float* behind = made[i] ? made[i] + conv.C / 2 : nullptr;
+      pair.summands[i] = {behind, row, 0, 0, 1, 1, conv.C2 / 2};
+      pair.operands[i].then = &pair.summands[i];
     }
     for (int64_t r = 0; r < upper; ++r) {
-      const T* above = pair.x[r];
-      const T* below = r < pair.rows[1] ? pair.x[upper + r] : nullptr;
-      strassen_sums(above, above + half, below, below ? below + half : nullptr, half,
-                    made[5] + r * row, made[2] + r * row, made[3] + r * row, made[6] + r * row);
-      if (made[0]) {
-        copy_run(above, made[0] + r * row, half);
-        copy_run(above + half, made[1] + r * row, half);
-        if (below) copy_run(below + half, made[4] + r * row, half);
-      }
+      const int64_t below = r < pair.rows[1] ? upper + r : -1;
+      prepare_row(pair.x, r, below, conv.C / 2, made, r * row);
+      if (conv.C2) prepare_row(pair.x2, r, below, conv.C2 / 2, made, r * row + conv.C / 2);
     }
     if constexpr (std::is_same_v<T, float>) {
       if (!made[0]) {
-        const int64_t stride = conv.flat_stride();
-        pair.operands[0] = {pair.x[0], stride, 0, 0, 1, 1, half};
-        pair.operands[1] = {pair.x[0] + half, stride, 0, 0, 1, 1, half};
-        pair.operands[4] = {pair.x[upper] + half, stride, 0, 0, 1, 1, half};
+        read_in_place(pair.x, upper, conv.flat_stride(), pair.operands);
+        if (conv.C2) read_in_place(pair.x2, upper, conv.x2.pixel, pair.summands);
       }
     }
+  }
+
+  // Row r of all operands, from `at` on, from row r of the upper and, unless negative, row `below`
+  // of the lower block. `half` of its channels are in A11, the others in A12.
+  static void prepare_row(const T* const* x, int64_t r, int64_t below, int64_t half,
+                          float* const (&made)[kStrassenProducts], int64_t at) {
+    const T *upper = x[r], *lower = below < 0 ? nullptr : x[below];
+    strassen_sums(upper, upper + half, lower, lower ? lower + half : nullptr, half, made[5] + at,
+                  made[2] + at, made[3] + at, made[6] + at);
+    if (!made[0]) return;
+    copy_run(upper, made[0] + at, half);
+    copy_run(upper + half, made[1] + at, half);
+    if (lower) copy_run(lower + half, made[4] + at, half);
+  }
+
+  // A11, A12 and A22 where they lie.
+  static void read_in_place(const T* const* x, int64_t upper, int64_t stride,
+                            Patch<float> (&operands)[kStrassenProducts]) {
+    const int64_t half = operands[0].length;
+    operands[0].data = x[0];
+    operands[1].data = x[0] + half;
+    operands[4].data = x[upper] + half;
+    for (const int i : {0, 1, 4}) operands[i].row = stride;
   }
 
   // The lines that a product will add and those that it will write, see gemm_conv.inl.
@@ -143,13 +177,24 @@ struct StrassenKernel {
     const float* b = weights(conv, panel, product);
     const Patch<float>& whole = pair.operands[product];
     const auto multiply = [&](auto tile) {
+      if (whole.terms() <= kGemmPiece) return patch_tile(rows, kPanel, whole, b, ahead, tile);
       alignas(64) float pieces[kRows * kPanel];
-      int64_t d = 0;
-      for (; d + kGemmPiece < whole.length; d += kGemmPiece, tile.base = pieces) {
-        patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, from_step(ahead, 0, d),
-                   StoreTile{pieces, false, kPanel, tile.base});
+      for (const Patch<float>* part = &whole; part; part = part->then) {
+        const NextRuns from = part == &whole ? ahead : NextRuns{ahead.then, 0};
+        for (int64_t d = 0; d < part->length; d += kGemmPiece) {
+          Patch<float> piece = *part;
+          piece.data += d;
+          piece.length = std::min(part->length - d, kGemmPiece);
+          piece.then = nullptr;
+          if (!part->then && d + kGemmPiece >= part->length) {
+            return patch_tile(rows, kPanel, piece, b, from_step(from, 0, d), tile);
+          }
+          patch_tile(rows, kPanel, piece, b, from_step(from, 0, d),
+                     StoreTile{pieces, false, kPanel, tile.base});
+          tile.base = pieces;
+          b += piece.length * kPanel;
+        }
       }
-      patch_tile(rows, kPanel, piece(whole, d), b + d * kPanel, from_step(ahead, 0, d), tile);
     };
     const PixelAddress<T>* pixels = pair.pixels[lower];
     if (is_short(conv.activation)) {
@@ -162,12 +207,5 @@ struct StrassenKernel {
     for (int64_t r = 0; r < rows; ++r) {
       finish_pixel(conv, k, kPanel, sums + r * kPanel, pixels[r].y, pixels[r].residual);
     }
-  }
-
-  static Patch<float> piece(const Patch<float>& whole, int64_t d) {
-    Patch<float> piece = whole;
-    piece.data += d;
-    piece.length = std::min(whole.length - d, kGemmPiece);
-    return piece;
   }
 };

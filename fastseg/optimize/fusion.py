@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,13 +233,16 @@ class Fusion:
         ):
             return None  # somebody else sees the sum
         # The convolution now runs where the addition was: nothing may change its input meanwhile.
-        watched = {self.root(arg) for arg in chain[0].args if isinstance(arg, fx.Node)}
         first, last = self.position[chain[0]], self.position[node]
-        for between in self.traced.graph.nodes:
-            meanwhile = first < self.position[between] < last and between not in chain
-            if meanwhile and self.writes(between) and self.root(between.args[0]) in watched:
-                return None
-        return other
+        between = [
+            n for n in self.traced.graph.nodes if first < self.position[n] < last and n not in chain
+        ]
+        return None if self.written(chain[0].args, between) else other
+
+    def written(self, sources: Iterable[Any], nodes: Iterable[fx.Node]) -> bool:
+        """Whether one of these nodes may change what is in the memory of the sources."""
+        watched = {self.root(source) for source in sources if isinstance(source, fx.Node)}
+        return any(self.writes(node) and self.root(node.args[0]) in watched for node in nodes)
 
     def root(self, node: Any) -> Any:
         """The node whose memory a result may share, as far as the graph shows."""

@@ -15,6 +15,7 @@ from .fusion import Fusion, Report
 from .grids import pool_grids
 from .lift import lift
 from .pooling import pool_results, unpool_inputs
+from .sums import sum_convolutions
 
 
 def optimize_graph(
@@ -42,6 +43,7 @@ def optimize_graph(
     patterns.resize_and_choose(traced, report)
     if settings.get("dtype") == torch.bfloat16:
         keep_float32(traced, report)
+    sum_convolutions(fusion)
     patterns.resize_maps(traced, report)
     pool_grids(traced, report)
     pool_results(traced, report)

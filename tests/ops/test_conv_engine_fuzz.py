@@ -13,6 +13,7 @@ from fastseg.nn.packed import PackedConv2d, unsupported
 from fastseg.ops._conv_options import output_size
 from fastseg.ops.conv_choice import choose_algorithm
 from fastseg.ops.conv_engine import activate, conv_engine, pack_conv
+from fastseg.ops.conv_sum import conv_sum, conv_sum_reference, pack_conv_sum
 from tests.ops import test_conv_engine, test_conv_engine_bf16
 
 CASES = int(os.environ.get("FASTSEG_FUZZ_CASES", "400"))
@@ -177,6 +178,63 @@ def test_convolutions(block, restored, threads):
         before = whole.clone()
         threads(3 - torch.get_num_threads())
         assert conv_engine(x, conv, residual, out=place) is place
+        assert torch.equal(place, y), f"other bits, {message}"
+        place.zero_()
+        assert torch.equal(whole, before), f"wrote beside its output, {message}"
+
+
+@blocks
+def test_sums_of_two(block, restored, threads):
+    """1x1 convolutions of two images in one product, of any sizes, strides and layouts."""
+    for seed in seeds(block):
+        rng = random.Random(2 * CASES + seed)
+        torch.manual_seed(seed)
+        dtype = rng.choice([torch.float32, BF16])
+        products, strassen = rng.choice([torch.float32, dtype]), int(odds(rng, 0.4))
+        step = 32 if strassen else 2 if products == BF16 else 1
+        if strassen:
+            products = torch.float32
+        C, C2 = (step * -(-channels(rng) // step) for _ in range(2))
+        K = 64 * rng.randint(1, 4) if strassen else channels(rng)
+        N = rng.choice([0, 1, 1, 2, 3])
+        most = max(2, int((2e6 / (max(N, 1) * (C + C2) * K)) ** 0.5))
+        size = [rng.randint(1, min(most, 40)) for _ in "HW"]
+        strides = [rng.choice([(1, 1), (1, 1), (2, 2), (rng.randint(1, 3), 1)]) for _ in "xy"]
+        images = [
+            layout(
+                rng,
+                torch.randn(N, c, *(n * s for n, s in zip(size, stride, strict=True))).to(dtype),
+            )
+            for c, stride in zip((C, C2), strides, strict=True)
+        ]
+        weights = [torch.randn(K, c, 1, 1).to(dtype).float() for c in (C, C2)]
+        bias = torch.randn(K) if odds(rng, 0.7) else None
+        options = {
+            "stride": strides[0],
+            "other_stride": strides[1],
+            "activation": rng.choice(["none", "relu", "leaky_relu", "hardswish"]),
+        }
+        _C.set_cpu_isa(rng.choice(_C.supported_cpu_isas()))
+        threads(rng.choice([1, 2]))
+        packed = pack_conv_sum(*weights, bias, **options, products=products, strassen=strassen)
+        y = conv_sum(*images, packed)
+        tensors = (t if t is None else t.double() for t in (*images, *weights, bias))
+        exact = conv_sum_reference(*tensors, **options)
+        shapes = [tuple(t.shape) for t in images]
+        message = f"seed {seed}: {shapes} {K} {options} {products} {strassen} {_C.cpu_isa()}"
+        assert (y.shape, y.dtype) == (exact.shape, dtype), message
+        if y.numel():
+            largest = max(exact.abs().max().item(), 3 * (C + C2) ** 0.5)
+            allowed = (5e-6 if strassen else 2e-6) * largest
+            if dtype == BF16:
+                allowed += test_conv_engine_bf16.ROUNDING * largest
+            error = (y - exact).abs().max().item()
+            assert error <= allowed, f"error {error:.2e} > {allowed:.2e}, {message}"
+        place, whole = destination(rng, y)
+        place.zero_()
+        before = whole.clone()
+        threads(3 - torch.get_num_threads())
+        assert conv_sum(*images, packed, place) is place
         assert torch.equal(place, y), f"other bits, {message}"
         place.zero_()
         assert torch.equal(whole, before), f"wrote beside its output, {message}"
