@@ -58,6 +58,7 @@ struct Patch {
   const E* data;
   int64_t row, run_h, run_w;  // strides
   int64_t runs_h, runs_w, length;
+  int64_t height = 0;  // rows of the tiles of AMX, see amx_tile.inl
 };
 
 // What the core reads next, fetched meanwhile: from data + h * run on for every row of runs, a line
