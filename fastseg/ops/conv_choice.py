@@ -60,6 +60,9 @@ pspnet_resnet50     0.80      0.61                   0.69      0.66       0.97
 segnet_vgg16        0.97      0.81                   0.86      0.91       1.19
 ==================  ========  =====================  ========  =========  ======
 
+What is chosen with AMX, computed with avx512_bf16 (one seed, in this order): "strict" and "default"
+0.87, 0.87, 0.73, 0.95, "fast" 1.04, 0.89, 0.72, 1.12.
+
 U2-Net-p with its trained weights, on 13 photos: 0.006 to 0.014 of the root mean square logit by
 each of these but "fast" (up to 0.022), torch's eager network 0.10 to 0.24, under autocast 0.17 to
 0.39, OpenVINO 0.09 to 0.19. There a large constant was rounded, which ``fastseg.optimize`` keeps
