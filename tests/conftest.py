@@ -59,7 +59,8 @@ def cpu_isa(request: pytest.FixtureRequest):
     best = _C.cpu_isa()
     if request.config.getoption("--emulate") and request.param != best:
         pytest.skip("emulated CUDA kernels have no instruction sets")
-    if request.param == "avx512_bf16" and "conv_engine" not in request.node.nodeid:
+    inherited = request.param in ("avx512_bf16", "amx")
+    if inherited and "conv_engine" not in request.node.nodeid:
         pytest.skip("runs the kernels of avx512: only the convolution engine has its own")
     _C.set_cpu_isa(request.param)
     yield request.param

@@ -12,6 +12,8 @@
 
 #include <atomic>
 
+#include "common/amx.h"
+
 namespace fastseg {
 
 // In ascending order: a level includes all below it.
@@ -20,10 +22,11 @@ enum class Isa : int {
   kAvx2 = 1,        // AVX2, FMA, F16C
   kAvx512 = 2,      // AVX-512 F, BW, DQ, VL
   kAvx512Bf16 = 3,  // AVX-512 with BF16 dot products
+  kAmx = 4,         // AMX with BF16 products
 };
 
 inline const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
@@ -36,7 +39,12 @@ inline Isa detect_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(FASTSEG_AMX)
+  static const bool amx = request_amx();
+  if (avx512_bf16 && amx) return Isa::kAmx;
+#endif
+  if (avx512_bf16) return Isa::kAvx512Bf16;
   if (avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -44,12 +52,13 @@ inline Isa detect_isa() {
 }
 
 // Whether bfloat16 dot products are the faster way to multiply. AMD's do two registers a cycle,
-// twice the rate of float32; Intel's outside of AMX half of it (Emerald Rapids: torch's bfloat16
-// convolutions 100 GFLOP/s a core, float32 190).
+// twice the rate of float32; Intel's half of it (Emerald Rapids: torch's bfloat16 convolutions 100
+// GFLOP/s a core, float32 190), but those of AMX sixteen times.
 inline std::atomic<bool>& bf16_products() {
   static std::atomic<bool> fast{[] {
 #if defined(__x86_64__)
-    return detect_isa() >= Isa::kAvx512Bf16 && __builtin_cpu_is("amd");
+    const Isa isa = detect_isa();
+    return isa >= Isa::kAmx || (isa >= Isa::kAvx512Bf16 && __builtin_cpu_is("amd"));
 #else
     return false;
 #endif

@@ -23,7 +23,7 @@ template <typename E>
 constexpr int64_t kLine = kGroup * kPerWord<E>;
 // Up to so many output channels a matrix product is not worth its panel (narrow_conv.inl).
 constexpr int64_t kNarrowOutputs = 8;
-// Rows of the largest register tile.
+// Rows of the largest register tile of float32 operands.
 constexpr int kMaxRows = 14;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -117,6 +117,8 @@ struct GemmForm {
   int64_t line_blocks;   // those of a line
   int64_t width, copy;   // pixels of a line and operands that the copy of a block takes
   int64_t summand_copy;  // where in it those of the second image begin
+  int64_t height;        // rows of the tiles of AMX
+  int64_t operands;      // that come into L2 with each block of a task
   bool panels_first;     // the outer loop; else the blocks
 };
 

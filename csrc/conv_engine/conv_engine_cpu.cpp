@@ -109,9 +109,10 @@ void set_summand(Conv& conv, const Summand& summand, const Options& o) {
   conv.stride2_h = summand.stride_h, conv.stride2_w = summand.stride_w;
   FASTSEG_CHECK(o.tile == 0 && o.R == 1 && o.S == 1 && o.pad_h == 0 && o.pad_w == 0,
                 "conv_engine: only 1x1 kernels without padding can be summed");
-  FASTSEG_CHECK(conv.C > 0 && conv.C2 > 0 && conv.C % kPerWord<typename Conv::Operand> == 0 &&
-                    conv.C2 % kPerWord<typename Conv::Operand> == 0,
-                "conv_engine: of bfloat16 products only even numbers of channels can be summed, "
+  using E = typename Conv::Operand;
+  constexpr int64_t kWhole = std::is_same_v<E, BFloat16> ? kLine<E> : 1;
+  FASTSEG_CHECK(conv.C > 0 && conv.C2 > 0 && conv.C % kWhole == 0 && conv.C2 % kWhole == 0,
+                "conv_engine: of bfloat16 products only multiples of 32 channels can be summed, "
                 "got ",
                 conv.C, " and ", conv.C2);
   FASTSEG_CHECK(!o.strassen || (conv.C % (2 * kGroup) == 0 && conv.C2 % (2 * kGroup) == 0),

@@ -46,7 +46,7 @@ void run_blocks(const Conv& conv) {
   const int64_t products = ceil_div(conv.pixels(), form.blocks) * conv.depth();  // per column
   form.panels_first = columns * conv.depth() * int64_t{sizeof(E)} > l2_bytes() / 2;
   const int64_t most = form.panels_first
-                           ? l2_bytes() / 4 / (products * static_cast<int64_t>(sizeof(E)))
+                           ? l2_bytes() / 4 / (form.operands * static_cast<int64_t>(sizeof(E)))
                            : kTaskProducts / (products * columns);
   const int64_t tasks = ceil_div(form.blocks, std::max<int64_t>(most, 1));
   const int64_t parts = std::min(form.blocks, round_up(tasks, threads));

@@ -58,6 +58,7 @@ struct Patch {
   const E* data;
   int64_t row, run_h, run_w;  // strides
   int64_t runs_h, runs_w, length;
+  int64_t height = 0;           // rows of the tiles of AMX, see amx_tile.inl
   const Patch* then = nullptr;  // the reduction goes on with this one
 
   int64_t terms() const { return runs_h * runs_w * length + (then ? then->terms() : 0); }

@@ -11,5 +11,8 @@
 #include "conv_engine/vec.inl"
 #include "conv_engine/bf16.inl"
 #include "conv_engine/gemm_tile.inl"
+#if FASTSEG_ISA_LEVEL == 4
+#include "conv_engine/amx_tile.inl"
+#endif
 #include "conv_engine/epilogue.inl"
 // clang-format on

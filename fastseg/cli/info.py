@@ -16,6 +16,7 @@ _ISA_NEEDS = {
     "avx2": "AVX2, FMA and F16C",
     "avx512": "AVX-512 F, BW, DQ and VL",
     "avx512_bf16": "AVX-512 BF16",
+    "amx": "AMX with BF16, or Linux does not let this process use it",
 }
 # Names of GPUs that benchmarks/gpu_check.sh has passed on with these kernels.
 _CHECKED_ON: tuple[str, ...] = ()

@@ -74,11 +74,7 @@ class PackedConvSum2d(nn.Module):
         algorithm = choose_algorithm(
             C + C2, K, kernel, size, dtype=self.dtype, accuracy=self.first.accuracy
         )
-        if C % 2 or C2 % 2:
-            algorithm = algorithm._replace(products=torch.float32)
-        if C % 32 or C2 % 32:
-            algorithm = algorithm._replace(strassen=0)
-        return algorithm
+        return Algorithm(0) if C % 32 or C2 % 32 else algorithm
 
     def _pack(self, algorithm: Algorithm) -> PackedConvSum:
         if algorithm not in self._packed:

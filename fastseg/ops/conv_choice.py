@@ -31,9 +31,9 @@ depthwise           2e-6
 
 **bfloat16 images.** Two kinds of products compete. Multiplied in float32, every algorithm is as
 accurate as the rounding of the result, and the weights keep their float32 values. Processors with
-fast dot products of bfloat16 multiply twice as many a cycle, but weights and transformed input are
-rounded before. The same errors, of data rounded to bfloat16 and rounded once more at the end, which
-alone is up to 4e-3 (half a step), as in torch's convolution:
+fast dot products of bfloat16 multiply twice as many a cycle, those with AMX sixteen times, but
+weights and transformed input are rounded before. The same errors, of data rounded to bfloat16 and
+rounded once more at the end, which alone is up to 4e-3 (half a step), as in torch's convolution:
 
 ===================  ========  ===========================
 algorithm            products  error
@@ -60,6 +60,9 @@ pspnet_resnet50     0.80      0.61                   0.69      0.66       0.97
 segnet_vgg16        0.97      0.81                   0.86      0.91       1.19
 ==================  ========  =====================  ========  =========  ======
 
+What is chosen with AMX, computed with avx512_bf16 (one seed, in this order): "strict" and "default"
+0.87, 0.87, 0.73, 0.95, "fast" 1.04, 0.89, 0.72, 1.12.
+
 U2-Net-p with its trained weights, on 13 photos: 0.006 to 0.014 of the root mean square logit by
 each of these but "fast" (up to 0.022), torch's eager network 0.10 to 0.24, under autocast 0.17 to
 0.39, OpenVINO 0.09 to 0.19. There a large constant was rounded, which ``fastseg.optimize`` keeps
@@ -83,6 +86,10 @@ LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
 DEPTHWISE = 7  # one group per channel
 # The tiles whose products are in bfloat16 where those are fast.
 ROUNDED = {"strict": (), "default": (1, 2), "fast": (1, 2, 3, 4)}
+# bfloat16 products in the time of one of float32, where those are fast. AMX multiplies 512 pairs a
+# cycle (16 x 16 x 32 in 16 cycles) and AVX-512 32 (two times 16), a rate of 16 of which loads,
+# tiles that are not full and sums on their way through memory are predicted to leave 12.
+BF16_RATE = {"amx": 12, "avx512_bf16": 2}
 
 
 class Algorithm(NamedTuple):
@@ -237,21 +244,30 @@ def _choose_bfloat16(
     are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
     how far transforms may go: "strict" not to bfloat16, "default" as far as whole networks stay
     within the errors of torch's own, "fast" to F(4, 3), with up to 1.3 times those errors.
+
+    With AMX a product costs a twelfth, which leaves little that a transform can save: float32 ones
+    and F(5, 5) never pay, F(2, 3) would take 0.7 of the time of the direct convolution at 512
+    channels by this count, but its 12 KB of transforms and products a pixel do not stay in L2, so
+    it is left out. Bordered tiles do, and in "fast" F(4, 3) from some 128 channels on. The counts
+    are predicted from the documented rates, not measured.
     """
     shape = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
     tile = choose_tile(*shape)
-    if not _C.bf16_products() or tile == LINE:
-        return Algorithm(tile)
-    if tile == 0:
+    amx = _C.cpu_isa() == "amx"
+    if not _C.bf16_products() or (tile == LINE and not amx):
+        wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
+        return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
+    if tile in (0, LINE):
         return Algorithm(0, torch.bfloat16)
+    rate = BF16_RATE["amx" if amx else "avx512_bf16"]
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / 2}
-    for m in {tile, 2, 4}:
+    cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / rate}
+    for m in {tile, 4} - {2} if amx else {tile, 2, 4}:
         products = winograd_products((Ho, Wo), dilation, m)[0] * (1.5 if m == 6 else 1)
         cost[m, torch.float32] = products * (C * K + 12 * (C + K))
         if m in ROUNDED[accuracy]:
-            cost[m, torch.bfloat16] = products * (C * K / 2 + 12 * (C + K))
+            cost[m, torch.bfloat16] = products * (C * K / rate + 12 * (C + K))
     return Algorithm(*min(cost, key=cost.__getitem__))
 
 

@@ -41,7 +41,7 @@ def pack_conv_sum(
         bias: (K) float32, the sum of both, or None.
         stride, other_stride: (vertical, horizontal) of either convolution, in pixels.
         activation, negative_slope, products, strassen: as for ``pack_conv``; Strassen's algorithm
-            needs multiples of 32 channels in both, bfloat16 products even numbers.
+            and bfloat16 products need multiples of 32 channels in both.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or name.

@@ -207,7 +207,8 @@ def test_strict_is_as_accurate_as_torch(kernel, fast, fast_products, cpu_isa):
     options = {"padding": (kernel[0] // 2,) * 2}
     x, weight, bias, _ = case(1, 96, 24, 23, 64, kernel, **options)
     chosen = choose_algorithm(96, 64, kernel, (24, 23), **options, dtype=BF16, accuracy="strict")
-    assert chosen.products == (BF16 if fast and kernel == (1, 1) else torch.float32)
+    direct = kernel == (1, 1) or cpu_isa == "amx"
+    assert chosen.products == (BF16 if fast and direct else torch.float32)
     y = conv_engine(x, pack_conv(weight, bias, **options, **chosen._asdict()))
     plain = conv_engine_reference(x, weight.to(BF16), bias.to(BF16), **options)
     exact = exact_result(x, weight, bias, None, **options)
@@ -291,11 +292,12 @@ def test_infinities_and_rounding(cpu_isa):
     assert torch.equal(y.flatten(), (1 + bias).to(BF16))
 
 
-def test_choice(fast_products):
+def test_choice(fast_products, monkeypatch):
     def choice(C, K, kernel=(3, 3), size=(65, 65), **options):
         tile, products, _ = choose_algorithm(C, K, kernel, size, **options, dtype=BF16)
         return tile, "bfloat16" if products == BF16 else "float32"
 
+    monkeypatch.setattr(_C, "cpu_isa", lambda: "avx512_bf16")
     same = {"padding": (1, 1)}
     large = {"padding": (12, 12), "dilation": (12, 12)}
     line = {"kernel": (15, 1), "padding": (7, 0)}
@@ -313,6 +315,21 @@ def test_choice(fast_products):
     assert choice(64, 64, (1, 1), accuracy="strict") == (0, "bfloat16")
     assert choice(256, 21, **line) == (5, "float32")
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == (1, "bfloat16")
+    # With AMX nearly all are direct: as accurate as torch's own.
+    monkeypatch.setattr(_C, "cpu_isa", lambda: "amx")
+    for accuracy in ("default", "strict"):
+        assert choice(64, 64, (1, 1), accuracy=accuracy) == (0, "bfloat16")
+        assert choice(512, 512, **same, accuracy=accuracy) == (0, "bfloat16")
+        assert choice(64, 64, size=(8, 8), **same, accuracy=accuracy) == (0, "bfloat16")
+        assert choice(2048, 256, **large, accuracy=accuracy) == (0, "bfloat16")
+        assert choice(256, 21, **line, accuracy=accuracy) == (0, "bfloat16")
+    large = {"padding": (36, 36), "dilation": (36, 36)}
+    assert choice(2048, 256, **large) == (1, "bfloat16")
+    assert choice(2048, 256, **large, accuracy="strict") == (0, "bfloat16")
+    assert choice(64, 64, **same, accuracy="fast") == (0, "bfloat16")
+    assert choice(512, 512, **same, accuracy="fast") == (4, "bfloat16")
+    fast_products(False)
+    assert choice(512, 512, **same) == (4, "float32")
 
 
 @pytest.mark.parametrize("tile", [0, 4])

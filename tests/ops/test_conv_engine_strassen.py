@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from fastseg import _C
 from fastseg.nn.packed import PackedConv2d
 from fastseg.ops.conv_choice import choose_algorithm
 from fastseg.ops.conv_engine import ACTIVATIONS, conv_engine, conv_engine_reference, pack_conv
@@ -106,7 +107,7 @@ def test_integers_are_exact():
     assert torch.equal(conv_engine(x, pack_conv(weight, strassen=1)), expected)
 
 
-def test_choice():
+def test_choice(monkeypatch):
     def choice(C, K, kernel=(1, 1), size=(65, 65), **options):
         return choose_algorithm(C, K, kernel, size, **options).strassen
 
@@ -118,6 +119,10 @@ def test_choice():
     assert choice(1000, 256) == choice(256, 272) == 0  # no whole halves
     assert choice(256, 256, padding=(1, 1)) == choice(256, 256, kernel=(3, 3)) == 0
     assert choice(256, 256, accuracy="strict") == choice(256, 256, dtype=torch.bfloat16) == 0
+    monkeypatch.setattr(_C, "bf16_products", lambda: False)
+    assert choice(1024, 256, dtype=torch.bfloat16) == 1
+    monkeypatch.setattr(_C, "bf16_products", lambda: True)
+    assert choice(1024, 256, dtype=torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("accuracy", ["default", "strict"])

@@ -164,7 +164,7 @@ def test_errors():
         conv_sum(x, other.requires_grad_(), packed)
     halves = pack_conv_sum(weight[:, :33], other_weight[:, :31], products=torch.bfloat16)
     images = x[:, :33].bfloat16(), other.detach()[:, :31, :5, :5].bfloat16()
-    with pytest.raises(ValueError, match="even numbers of channels"):
+    with pytest.raises(ValueError, match="multiples of 32 channels"):
         conv_sum(*images, halves)
     third = pack_conv_sum(weight[:, :48], other_weight[:, :16], strassen=1)
     with pytest.raises(ValueError, match="summands of multiples of 32 channels, got 48 and 16"):
