@@ -34,7 +34,7 @@ POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
 FUNCTIONS = (
     *(torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d),
-    *(operator.add, torch.add, operator.mul, torch.mul),
+    *(operator.add, torch.add, operator.mul, torch.mul, torch.mean),
 )
 METHODS = ("mean", "size")
 

@@ -59,3 +59,12 @@ def test_compiled_for_other_sizes():
     for shape in ((2, 3, 18, 26), (1, 3, 20, 14), (3, 3, 18, 26)):
         x = torch.randn(shape)
         torch.testing.assert_close(run(x)["out"], model(x)["out"], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_torchscript_is_refused():
+    fast = fastseg.optimize(randomise(Net()))
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace does not record optimised networks"):
+        torch.jit.trace(fast, (torch.randn(1, 3, 18, 26),), strict=False)
+    x = torch.randn(1, 3, 18, 26)
+    assert torch.equal(fast(x)["out"], fast(x)["out"])

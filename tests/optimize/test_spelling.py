@@ -122,9 +122,7 @@ class Decoder(nn.Module):
 
 def test_blocks_called_with_options():
     fast = check(randomise(Decoder()), torch.randn(2, 8, 9, 11))
-    assert all(isinstance(block.own.body, nn.Module) for block in fast.blocks)
     assert all(count(block.own, PackedConv2d) == 1 for block in fast.blocks)
-    assert not count(fast, nn.BatchNorm2d)
 
 
 class Gate(nn.Module):
