@@ -32,7 +32,10 @@ PACKED = (PackedConv2d, PackedConvSum2d, PackedConvTranspose2d)
 STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
-FUNCTIONS = (torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, operator.add, torch.add)
+FUNCTIONS = (
+    *(torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d),
+    *(operator.add, torch.add, operator.mul, torch.mul, torch.mean),
+)
 METHODS = ("mean", "size")
 
 
@@ -63,12 +66,15 @@ class Place:
 
     def __init__(self, buffers: Buffers, slot: int, offset: int = 0, total: int | None = None):
         self.buffers = buffers
+        self.dtype = buffers.dtype
         self.slot = slot
         self.offset = offset
         self.total = total
 
     def image(self, shape: Sequence[int]) -> Tensor:
         N, C, H, W = shape
+        if torch.compiler.is_compiling():  # a compiled or exported program has its own memory plan
+            return torch.empty((N, H, W, C), dtype=self.dtype).permute(0, 3, 1, 2)
         if self.total is None:
             return self.buffers.image(self.slot, shape)
         whole = self.buffers.image(self.slot, (N, self.total, H, W))
@@ -98,7 +104,8 @@ class Concat(nn.Module):
         self.place = place
 
     def forward(self, *parts: Tensor) -> Tensor:
-        if any(part.dim() != 4 for part in parts):  # images without a batch
+        batched = all(part.dim() == 4 for part in parts)
+        if not batched or torch.compiler.is_compiling():
             return torch.cat(parts, 1)
         N, _, H, W = parts[0].shape
         total = sum(part.shape[1] for part in parts)

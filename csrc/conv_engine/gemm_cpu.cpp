@@ -113,7 +113,7 @@ void run_narrow(const Conv& conv) {
   const int64_t parts = std::min(lines, 8 * int64_t{torch::stable::get_num_threads()});
   parallel_tasks(parts, [&](int64_t part) {
     kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
-           unpacked.data(), zeros.data(), scratch<TaskBuffer, const T*>(taps * 8));
+           unpacked.data(), zeros.data());
   });
 }
 

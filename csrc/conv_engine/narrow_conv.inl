@@ -34,41 +34,48 @@ FASTSEG_INLINE float horizontal_sum(Vec v) {
 #endif
 }
 
-// Lines [begin, end) of output, counted over (image, row). `sources` takes the inputs of
-// kNarrowPixels pixels, `zeros` holds C of them.
+// Lines [begin, end) of output, counted over (image, row). `zeros` holds C of them.
 template <class Conv, typename T = typename Conv::Storage>
 static void narrow_conv(const Conv& conv, int64_t begin, int64_t end, const float* weights,
-                        const T* zeros, const T** sources) {
-  const int64_t taps = conv.R * conv.S, padded = round_up(conv.C, kLanes);
+                        const T* zeros) {
+  const int64_t C = conv.C, padded = round_up(C, kLanes), whole = C - C % kLanes;
+  const int64_t step = conv.stride_w * conv.x.pixel;
   for (int64_t line = begin; line < end; ++line) {
-    const int64_t n = line / conv.Ho, oy = line % conv.Ho;
+    const int64_t n = line / conv.Ho, oy = line % conv.Ho, top = oy * conv.stride_h - conv.pad_h;
     for (int64_t ox = 0; ox < conv.Wo; ox += kNarrowPixels) {
       const int64_t count = conv.Wo - ox < kNarrowPixels ? conv.Wo - ox : kNarrowPixels;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t iy = oy * conv.stride_h - conv.pad_h + tap / conv.S * conv.dilation_h;
-        for (int64_t p = 0; p < kNarrowPixels; ++p) {
-          const int64_t ix = (ox + p) * conv.stride_w - conv.pad_w + tap % conv.S * conv.dilation_w;
-          const bool inside = p < count && iy >= 0 && iy < conv.H && ix >= 0 && ix < conv.W;
-          sources[tap * kNarrowPixels + p] = inside ? conv.x.at(n, iy, ix) : zeros;
-        }
-      }
+      const int64_t left = ox * conv.stride_w - conv.pad_w;
       alignas(64) float sums[kNarrowPixels][kNarrowOutputs < kLanes ? kLanes : kNarrowOutputs] = {};
-      const float* w = weights;
       for (int64_t k = 0; k < conv.K; ++k) {
         Vec acc[kNarrowPixels] = {};
-        for (int64_t tap = 0; tap < taps; ++tap, w += padded) {
-          const T* const* src = sources + tap * kNarrowPixels;
-          int64_t c = 0;
-          for (; c + kLanes <= conv.C; c += kLanes) {
-            const Vec weight = load(w + c);
+        const float* w = weights + k * conv.R * conv.S * padded;
+        for (int64_t r = 0; r < conv.R; ++r) {
+          const int64_t iy = top + r * conv.dilation_h;
+          for (int64_t s = 0; s < conv.S; ++s, w += padded) {
+            if (iy < 0 || iy >= conv.H) continue;
+            const int64_t ix = left + s * conv.dilation_w;
+            const T* src[kNarrowPixels];
+            if (ix >= 0 && ix + (kNarrowPixels - 1) * conv.stride_w < conv.W) {
+              const T* first = conv.x.at(n, iy, ix);
 #pragma GCC unroll 8
-            for (int p = 0; p < kNarrowPixels; ++p) acc[p] += load(src[p] + c) * weight;
-          }
-          if (c < conv.C) {
-            const Vec weight = load(w + c);
+              for (int p = 0; p < kNarrowPixels; ++p) src[p] = first + p * step;
+            } else {
+              for (int p = 0; p < kNarrowPixels; ++p) {
+                const int64_t at = ix + p * conv.stride_w;
+                src[p] = at >= 0 && at < conv.W ? conv.x.at(n, iy, at) : zeros;
+              }
+            }
+            for (int64_t c = 0; c < whole; c += kLanes) {
+              const Vec weight = load(w + c);
 #pragma GCC unroll 8
-            for (int p = 0; p < kNarrowPixels; ++p) {
-              acc[p] += load_part(src[p] + c, conv.C - c) * weight;
+              for (int p = 0; p < kNarrowPixels; ++p) acc[p] += load(src[p] + c) * weight;
+            }
+            if (whole < C) {
+              const Vec weight = load(w + whole);
+#pragma GCC unroll 8
+              for (int p = 0; p < kNarrowPixels; ++p) {
+                acc[p] += load_part(src[p] + whole, C - whole) * weight;
+              }
             }
           }
         }

@@ -137,6 +137,11 @@ class PackedConv2d(nn.Module):
         known = not torch.compiler.is_compiling() and all(type(n) is int for n in size)
         if known and size in self._prepared:
             return self._prepared[size]
+        if not known and torch._C._get_tracing_state() is not None:
+            raise ValueError(
+                "PackedConv2d: torch.jit.trace does not record optimised networks; use "
+                "torch.export, or trace the network itself"
+            )
         key = self.algorithm(x)
         packed = self._packed.get(key)
         if packed is None:

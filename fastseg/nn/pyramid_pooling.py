@@ -65,8 +65,6 @@ class PyramidPooling(nn.Module):
 class GridPool2d(nn.Module):
     """``F.adaptive_avg_pool2d`` to several square grids, which reads the map once.
 
-    Rows are averaged by one matrix product for all grids, then columns of the few rows left.
-
     Args:
         bins: grid sizes.
 
@@ -78,28 +76,18 @@ class GridPool2d(nn.Module):
         self.bins = tuple(bins)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        pixels = x.movedim(-3, -1)
-        if x.dim() != 4 or x.dtype != torch.float32 or not pixels.is_contiguous():
+        direct = x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu
+        if not direct or x.stride(1) != 1 or x.requires_grad:
             return [F.adaptive_avg_pool2d(x, b) for b in self.bins]
-        N, H, W, C = pixels.shape
-        rows = (_averages(H, self.bins, x) @ pixels.reshape(N, H, W * C)).split(self.bins, 1)
+        cells = torch.ops.fastseg.grid_pool(x, self.bins)  # (N, cells of all grids, C)
+        grids = cells.split([b * b for b in self.bins], 1)
         return [
-            (_averages(W, (b,), x) @ row.view(N, b, W, C)).movedim(3, 1)
-            for b, row in zip(self.bins, rows, strict=True)
+            grid.unflatten(1, (b, b)).permute(0, 3, 1, 2)
+            for b, grid in zip(self.bins, grids, strict=True)
         ]
 
     def extra_repr(self) -> str:
         return f"{self.bins}"
-
-
-def _averages(n: int, bins: Sequence[int], like: Tensor) -> Tensor:
-    """(sum of bins, n): what each of n pixels contributes to each mean."""
-    means = []
-    for b in bins:
-        for i in range(b):
-            first, end = i * n // b, -(-(i + 1) * n // b)
-            means.append([0.0] * first + [1 / (end - first)] * (end - first) + [0.0] * (n - end))
-    return like.new_tensor(means)
 
 
 class PyramidConv2d(nn.Module):
@@ -134,12 +122,28 @@ class PyramidConv2d(nn.Module):
 
     def forward(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         dtype = grids[0].dtype  # the grids are small: a lower precision would save nothing
-        out = None
-        if self.place is not None and self.place.buffers.dtype == dtype == self.weight.dtype:
-            out = self.place.image((grids[0].shape[0], self.out_channels, *size))
         grids = [grid.to(self.weight.dtype) for grid in grids]
-        y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners, out)
-        return y.to(dtype)
+        if not self.weight.is_cpu or any(grid.requires_grad for grid in grids):
+            y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
+            return y.to(dtype)
+        values = [F.linear(g.movedim(1, 3), w) for g, w in zip(grids, self.weight, strict=True)]
+        shape = (values[0].shape[0], self.out_channels, *size)
+        if self.place is not None and self.place.dtype == dtype == self.weight.dtype:
+            out = self.place.image(shape)
+        else:
+            out = torch.empty(shape, dtype=self.weight.dtype, memory_format=torch.channels_last)
+        torch.ops.fastseg.pyramid_spread_out(values, out, self.kernel_size, self.align_corners)
+        return out.to(dtype)
+
+
+@torch.library.register_fake("fastseg::grid_pool")
+def _(x, bins):
+    return x.new_empty(x.shape[0], sum(b * b for b in bins), x.shape[1])
+
+
+@torch.library.register_fake("fastseg::pyramid_spread_out")
+def _(values, out, k, align_corners):
+    return None
 
 
 def pyramid_weight(weight: Tensor, grids: int) -> Tensor:
@@ -154,9 +158,8 @@ def pyramid_conv(
     k: int,
     size: Sequence[int],
     align_corners: bool,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """:class:`PyramidConv2d` with a weight from :func:`pyramid_weight`; channels last."""
+    """:class:`PyramidConv2d` in plain PyTorch; ``weight`` is from :func:`pyramid_weight`."""
     H, W = size
     lines, columns = [], []
     for grid, w in zip(grids, weight, strict=True):
@@ -166,8 +169,7 @@ def pyramid_conv(
         rows = _taps(H, b, k, align_corners, grid).view(H, k * b)
         lines.append((rows @ values).view(N, H, k * b, O))
         columns.append(_taps(W, b, k, align_corners, grid).view(W, k * b))
-    target = None if out is None else out.movedim(1, 3)
-    y = torch.matmul(torch.cat(columns, 1), torch.cat(lines, 2), out=target)  # (N, H, W, O)
+    y = torch.cat(columns, 1) @ torch.cat(lines, 2)  # (N, H, W, O)
     return y.movedim(3, 1)
 
 

@@ -199,6 +199,8 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     report += [(_join(name, part_name), text) for part_name, text in notes]
     if len(report) == before:
         return module  # nothing to gain
+    if name and has_options(module):  # and called with them, as decoders' blocks are
+        module = _optimize_children(module, settings, [], name)
     return Part(traced, module) if name or has_options(module) else traced
 
 

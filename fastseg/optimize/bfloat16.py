@@ -13,11 +13,13 @@ from ..nn.crfrnn import CRFRNN
 from ..nn.packed import PackedConv2d
 from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.pyramid_pooling import PyramidConv2d
+from ..nn.resize import Resize2d
+from .fusion import module_of
 from .patterns import resized_labels, resized_probabilities
 
 # Their parameters take inputs of any dtype.
 KEPT = (PackedConv2d, PackedConvTranspose2d, nn.modules.batchnorm._BatchNorm, PyramidConv2d, CRFRNN)
-RESIZES = (F.interpolate, resized_labels, resized_probabilities)
+RESIZES = (F.interpolate, resized_labels, resized_probabilities)  # and Resize2d
 
 
 def to_bfloat16(module: nn.Module) -> nn.Module:
@@ -55,7 +57,8 @@ def _cast_in_graph(traced: fx.GraphModule) -> None:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
-        if node.target in RESIZES and node.args and len(node.users) == 1:
+        resizes = node.target in RESIZES or isinstance(module_of(traced, node), Resize2d)
+        if resizes and node.args and len(node.users) == 1:
             # The map is cast before it is resized: it is smaller, and nothing is rounded again.
             source: Any = node.args[0]
             with graph.inserting_before(node):

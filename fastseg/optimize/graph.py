@@ -15,6 +15,7 @@ from .fusion import Fusion, Report
 from .grids import pool_grids
 from .lift import lift
 from .pooling import pool_results, unpool_inputs
+from .spelling import respell
 from .sums import sum_convolutions
 
 
@@ -33,6 +34,7 @@ def optimize_graph(
     """
     report: Report = []
     held = lift(traced, values, report)
+    respell(traced)
     fusion = Fusion(traced, settings, report)
     patterns.reshape_views(fusion)
     fusion.run()

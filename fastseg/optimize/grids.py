@@ -1,19 +1,21 @@
-"""Adaptive average pools of one map, which read it once."""
+"""Averages of one map over grids, which read it once."""
 
 from __future__ import annotations
 
 import operator
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from ..memory_plan import reads_only
+from ..nn.packed import PackedConv2d
 from ..nn.pyramid_pooling import GridPool2d
 from .fusion import Report, argument, is_plain, module_of
 
 
 def pool_grids(traced: fx.GraphModule, report: Report) -> None:
-    """The adaptive pools to square grids of each map become one :class:`GridPool2d`."""
+    """The averages of each map over square grids become one :class:`GridPool2d`."""
     graph, modules = traced.graph, dict(traced.named_modules())
     pools: dict[fx.Node, list[tuple[fx.Node, int]]] = {}  # of each map, with their sizes
     for node in graph.nodes:
@@ -33,7 +35,8 @@ def pool_grids(traced: fx.GraphModule, report: Report) -> None:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.call_function(operator.getitem, (pooled, i)))
             graph.erase_node(node)
-        report.append((name, f"{len(grids)} adaptive pools, the map read once"))
+        sizes = ", ".join(str(size) for _, size in grids)
+        report.append((name, f"averages over grids of side {sizes}, the map read once"))
 
 
 def _grid_size(traced: fx.GraphModule, node: fx.Node) -> int | None:
@@ -43,7 +46,19 @@ def _grid_size(traced: fx.GraphModule, node: fx.Node) -> int | None:
         size = module.output_size  # type: ignore[union-attr]
     elif node.target is F.adaptive_avg_pool2d:
         size = argument(node, 1, "output_size")
+    elif _is_mean(traced, node):
+        size = 1
     else:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return height if isinstance(height, int) and height == width else None
+
+
+def _is_mean(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the mean of each channel of a convolution's result."""
+    if node.target not in (torch.mean, "mean") or node.kwargs.get("dtype") is not None:
+        return False
+    axes, keeps = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+    if not isinstance(axes, list | tuple) or sorted(a % 4 for a in axes) != [2, 3] or not keeps:
+        return False
+    return isinstance(module_of(traced, argument(node, 0, "input")), PackedConv2d)

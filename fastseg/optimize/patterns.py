@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..memory_plan import reads_only
 from ..nn.packed import PackedConv2d
 from ..nn.pooling import MaxPool2d
 from ..nn.pyramid_pooling import PyramidConv2d
@@ -238,20 +237,20 @@ def resize_and_choose(traced: fx.GraphModule, report: Report) -> None:
 
 
 def resize_maps(traced: fx.GraphModule, report: Report) -> None:
-    """Resizing of maps that stay in the graph writes where the memory plan says."""
-    modules = dict(traced.named_modules())
+    """Resizing by kernels of our own; maps that stay in the graph go where the memory plan says."""
     for node in list(traced.graph.nodes):
         resized = _resized(node, MODES)
-        if resized is None or not node.users:
+        if resized is None:
             continue
-        if not all(reads_only(user, node, modules) for user in node.users):
+        if not node.users:  # one of several results that nobody takes
+            traced.graph.erase_node(node)
             continue
         size, source, _ = resized
         scale = argument(node, 2, "scale_factor")
         options = (argument(node, 3, "mode", "nearest"), argument(node, 4, "align_corners"))
         module = Resize2d(None if size is not None else scale, *options)
         _call(traced, node, module, (source,) if size is None else (source, size))
-        report.append((node.name, "resized into its place"))
+        report.append((node.name, f"{options[0]} resize"))
 
 
 def resized_labels(
