@@ -31,6 +31,7 @@ namespace {
 constexpr int64_t kChunk = 512;         // elements per step: the L1 buffers of a kernel
 constexpr int64_t kPlaneLanes = 256;    // partial sums of a plane
 constexpr int64_t kPlaneBlock = 8192;   // elements of a plane whose moments are taken at once (L1)
+constexpr int64_t kCentreRuns = 4;      // of a first block, whose mean its deviations are from
 constexpr int64_t kSumsPerLane = 64;    // float32 additions before a partial sum goes to double
 constexpr int64_t kPixelBlock = 65536;  // elements of a channels-last block (L2)
 constexpr int64_t kSlabs = 64;          // channels-last tasks; fixed, so results do not depend on
@@ -103,8 +104,19 @@ struct Slabs {
 };
 
 // Statistics: block by block, sums of deviations from a centre and of their squares, joined by the
-// method of Chan et al. The centre is the mean so far (of the first block itself in the first), so
-// nothing cancels that is large against the variance of all, and every element is read once.
+// method of Chan et al. The centre is the mean so far (in the first block of some of its values),
+// so nothing cancels that is large against the variance of all, and every element is read once.
+
+// The sum of a plane's partial sums, which it overwrites. One chain of additions in double would
+// take longer than a plane of 33x33.
+template <typename acc>
+double plane_total(acc* lanes) {
+  constexpr int64_t kLast = 16;
+  for (int64_t half = kPlaneLanes / 2; half >= kLast; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return std::accumulate(lanes, lanes + kLast, 0.0);
+}
 
 // Mean and biased variance of one channel of an NCHW tensor.
 template <typename T, typename acc>
@@ -114,19 +126,17 @@ void plane_moments(const T* y, const DenseLayout& layout, int64_t channel, acc* 
     const T* plane = y + (n * layout.C + channel) * layout.HW;
     for (int64_t at = 0; at < layout.HW; at += kPlaneBlock) {
       const int64_t size = std::min(kPlaneBlock, layout.HW - at);
-      const auto total = [](const acc* lanes) {
-        return std::accumulate(lanes, lanes + kPlaneLanes, 0.0);
-      };
       if (count == 0) {
         acc sums[kPlaneLanes] = {};
-        FASTSEG_ISA_CALL(accumulate<T>)(plane, sums, size, kPlaneLanes);
-        total_mean = total(sums) / size;
+        const int64_t sampled = std::min(size, kCentreRuns * kPlaneLanes);
+        FASTSEG_ISA_CALL(accumulate<T>)(plane, sums, sampled, kPlaneLanes);
+        total_mean = plane_total(sums) / sampled;
       }
       const acc centre = static_cast<acc>(total_mean);
       acc sums[kPlaneLanes] = {}, squares[kPlaneLanes] = {};
       FASTSEG_ISA_CALL(accumulate_centred<T, false>)(plane + at, &centre, sums, squares, size,
                                                      kPlaneLanes);
-      const double centre_exact = centre, sum = total(sums), square = total(squares);
+      const double centre_exact = centre, sum = plane_total(sums), square = plane_total(squares);
       FASTSEG_ISA_CALL(merge_moments<double>)(&total_mean, &m2, count, &centre_exact, &sum, &square,
                                               size, 1);
       count += size;
@@ -151,8 +161,9 @@ void pixel_moments(const T* y, const DenseLayout& layout, acc* mean, acc* var) {
       const int64_t size = left >= width ? std::min(slabs.block, left / width * width) : left;
       const int64_t lanes = std::min(size, width), per_lane = size / lanes;
       if (at == begin) {
-        FASTSEG_ISA_CALL(accumulate<T>)(y + at, centre.data(), size, width);
-        for (int64_t i = 0; i < lanes; ++i) centre[i] /= static_cast<acc>(per_lane);
+        const int64_t sampled = std::min(per_lane, kCentreRuns);
+        FASTSEG_ISA_CALL(accumulate<T>)(y + at, centre.data(), sampled * lanes, width);
+        for (int64_t i = 0; i < lanes; ++i) centre[i] /= static_cast<acc>(sampled);
       } else {
         for (int64_t i = 0; i < lanes; i += C) {
           std::transform(slab_mean, slab_mean + C, &centre[i],
@@ -276,8 +287,8 @@ void batch_norm_backward(const Tensor& dz, const Tensor& y, const DenseLayout& l
           acc g[kPlaneLanes] = {}, gc[kPlaneLanes] = {};
           reduce(std::false_type{}, plane + at, params, g, gc,
                  std::min(kPlaneBlock, layout.HW - at), kPlaneLanes);
-          for (acc v : g) sums.g += v;
-          for (acc v : gc) sums.gc += v;
+          sums.g += plane_total(g);
+          sums.gc += plane_total(gc);
         }
       }
       const auto [k1, k2] = finish(c, sums);

@@ -2,11 +2,12 @@
 //   dW[k][c][tap] = sum over output pixels p of dy[p][k] * x[the pixel of p under tap][c].
 // Both factors are packed, a piece of the positions p at a time:
 //   a: [plane][position][a_step], rows; a plane per tap, or per kernel row whose pixels lie side by
-//      side; a row per channel of x and tap of the plane
+//      side, or one for a whole kernel over few channels; a row per channel of x and tap of the
+//      plane. Positions whose tap lies outside of the image are left out.
 //   b: [plane][panel][position][kPanel], channels of dy; one plane for all taps
 //   sums: [plane][row][panels * kPanel]
 // Positions are cut into slabs, whose number depends on the shapes alone. A task packs and sums
-// some rows of a plane over a slab by itself; the slabs are added in their order.
+// some rows and panels of a plane over a slab by itself; the slabs are added in their order.
 // For 3x3 kernels also by Winograd's F(3, 4) along both axes (Lavin and Gray 2016, section 4): the
 // positions are tiles of 4x4 outputs, the planes the 36 points of their transforms; a quarter of
 // the multiplications. The points are those of F(4, 3). Tiles come in chunks: threads first
@@ -37,6 +38,8 @@ using namespace conv_engine;  // NOLINT: the kernels' own namespace
 
 // Positions that are summed in registers: a panel of them stays in L1.
 constexpr int64_t kPiece = 192;
+// Distance of panels: a multiple of 4 KB would put a position's channels into one cache set.
+constexpr int64_t kPanelStep = (kPiece + 1) * kPanel;
 constexpr int64_t kFinishedRows = 16;  // of a task
 
 template <typename T>
@@ -91,7 +94,9 @@ class Array {
  public:
   explicit Array(int64_t n)
       : tensor_(torch::stable::empty(
-            {&n, 1}, std::is_same_v<Sum, double> ? ScalarType::Double : ScalarType::Float)) {}
+            {&n, 1}, std::is_same_v<Sum, double> ? ScalarType::Double : ScalarType::Float)) {
+    prefer_huge_pages(data(), n * static_cast<int64_t>(sizeof(Sum)));
+  }
   Sum* data() const { return static_cast<Sum*>(tensor_.mutable_data_ptr()); }
 
  private:
@@ -104,17 +109,22 @@ void run_direct(WeightGradient<T> g) {
   constexpr int64_t kLongRun = 512;               // copied as fast as any longer one
   constexpr int64_t kMostSums = 2 * 1024 * 1024;  // of all slabs
   constexpr int64_t kTasks = 48;
+  constexpr int64_t kSlabPositions = 4 * kPiece, kFewestSlabs = 8;
+  constexpr int64_t kTaskPanels = 16;  // what is packed of dy stays in L2 beside x and the sums
   const bool unit_stride = g.stride_h == 1 && g.stride_w == 1;
   if (unit_stride && g.K < g.C) g.exchange();  // packing a costs `planes` times more
   const bool neighbours = g.dilation_w == 1 && g.x.pixel == g.C && g.S * g.C <= kLongRun;
-  g.run = neighbours ? g.S : 1;
+  g.run = !neighbours ? 1 : g.R * g.S * g.C <= kLongRun ? g.R * g.S : g.S;
   g.planes = g.R * g.S / g.run;
   g.positions = g.N * g.Ho * g.Wo;
-  const int64_t wanted = std::min(ceil_div(kTasks, g.planes), kMostSums / g.sums());
+  const int64_t wanted = std::min({ceil_div(kTasks, g.planes), kMostSums / g.sums(),
+                                   std::max(kFewestSlabs, g.positions / kSlabPositions)});
   g.slab = round_up(ceil_div(g.positions, std::max<int64_t>(wanted, 1)), kPiece);
   g.slabs = ceil_div(g.positions, g.slab);
-  // A run is packed whole.
-  const int64_t threads = torch::stable::get_num_threads(), units = g.slabs * g.planes;
+  // Parts of the panels and of the rows, which do not change sums; a run is packed whole.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t panel_parts = ceil_div(g.panels(), kTaskPanels);
+  const int64_t units = g.slabs * g.planes * panel_parts;
   const int64_t parts = g.run > 1 ? 1
                                   : std::clamp<int64_t>(ceil_div(8 * threads, units), 1,
                                                         ceil_div(g.rows(), 4 * kMaxRows));
@@ -125,11 +135,13 @@ void run_direct(WeightGradient<T> g) {
   };
   parallel_phases(2, tasks, [&](int phase, int64_t task) {
     if (phase == 0) {
-      const int64_t part = task % parts, plane = task / parts % g.planes;
-      Sum* a = scratch<PackBuffer, Sum>(a_size + kPiece * g.panels() * kPanel);
+      const int64_t part = task % parts, panel_part = task / parts % panel_parts;
+      const int64_t slab_plane = task / parts / panel_parts;
+      Sum* a = scratch<PackBuffer, Sum>(a_size + kTaskPanels * kPanelStep);
       FASTSEG_ISA_CALL(WeightGradientKernel<T>::sum_slab)(
-          g, task / parts / g.planes, plane, part_begin(g.rows(), parts, part),
-          part_begin(g.rows(), parts, part + 1), a, a + a_size, sums.data());
+          g, slab_plane / g.planes, slab_plane % g.planes, part_begin(g.rows(), parts, part),
+          part_begin(g.rows(), parts, part + 1), part_begin(g.panels(), panel_parts, panel_part),
+          part_begin(g.panels(), panel_parts, panel_part + 1), a, a + a_size, sums.data());
     } else {
       const int64_t blocks = ceil_div(g.rows(), kFinishedRows),
                     begin = task % blocks * kFinishedRows;

@@ -77,20 +77,29 @@ struct WeightGradientKernel {
   using S = typename Accumulate<T>::type;
   using Gradient = WeightGradient<T>;
 
-  // Rows [begin, end) of a plane over one slab; a and b take a piece of it.
+  // Rows [begin, end) and panels [first_panel, last_panel) of a plane over one slab; a and b take a
+  // piece of it.
   static void sum_slab(const Gradient& g, int64_t slab, int64_t plane, int64_t begin, int64_t end,
-                       S* a, S* b, S* sums) {
+                       int64_t first_panel, int64_t last_panel, S* a, S* b, S* sums) {
     const int64_t first = slab * g.slab, rest = g.positions - first;
     const int64_t last = first + (rest < g.slab ? rest : g.slab);
     const int64_t step = g.a_step(end - begin), row = g.panels() * kPanel;
     sums += slab * g.sums() + (plane * g.rows() + begin) * row;
-    for (int64_t p = first; p < last; p += kPiece) {
-      const int64_t count = last - p < kPiece ? last - p : kPiece;
-      pack_taps(g, plane, p, count, begin, end, a, step, b);
-      for (int64_t panel = 0; panel < g.panels(); ++panel) {
-        outer_tiles(end - begin, panel_columns(g, panel), a, step, b + panel * kPiece * kPanel,
-                    count, sums + panel * kPanel, row, p > first);
+    bool add = false;
+    for (int64_t p = first; p < last;) {
+      const int64_t count =
+          pack_taps(g, plane, &p, last, begin, end, first_panel, last_panel, a, step, b);
+      if (count == 0) break;
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        outer_tiles(end - begin, panel_columns(g, panel), a, step,
+                    b + (panel - first_panel) * kPanelStep, count, sums + panel * kPanel, row, add);
       }
+      add = true;
+    }
+    if (add) return;
+    for (int64_t r = 0; r < end - begin; ++r) {
+      std::memset(sums + r * row + first_panel * kPanel, 0,
+                  (last_panel - first_panel) * kPanel * sizeof(S));
     }
   }
 
@@ -202,49 +211,66 @@ struct WeightGradientKernel {
     return g.K - panel * kPanel < kPanel ? g.K - panel * kPanel : kPanel;
   }
 
-  // Output pixels [first, first + count): rows [begin, end) of the pixels of x under a plane, all
-  // of them where the plane has several taps, and dy.
-  static void pack_taps(const Gradient& g, int64_t plane, int64_t first, int64_t count,
-                        int64_t begin, int64_t end, S* a, int64_t step, S* b) {
-    const int64_t line = first / g.Wo, r = plane * g.run / g.S, s = plane * g.run % g.S;
-    int64_t ox = first - line * g.Wo, n = line / g.Ho, oy = line - n * g.Ho;
-    for (int64_t i = 0; i < count; ++i, a += step) {
+  // Rows [begin, end) of the pixels of x under a plane, all of them where the plane has several
+  // taps, and panels of dy, of the output pixels from *position on: up to kPiece of them before
+  // `last`, those whose tap lies inside of the image. Returns how many; *position is the next one.
+  static int64_t pack_taps(const Gradient& g, int64_t plane, int64_t* position, int64_t last,
+                           int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                           S* a, int64_t step, S* b) {
+    const int64_t r = plane * g.run / g.S, s = plane * g.run % g.S;
+    int64_t p = *position, line = p / g.Wo, ox = p - line * g.Wo;
+    int64_t n = line / g.Ho, oy = line - n * g.Ho, count = 0;
+    for (; p < last && count < kPiece; ++p) {
       const int64_t y = oy * g.stride_h - g.pad_h + r * g.dilation_h;
       const int64_t x = ox * g.stride_w - g.pad_w + s * g.dilation_w;
+      bool inside = true;
       if (g.run > 1) {
-        pack_run(g, n, y, x, a);
-      } else if (y >= 0 && y < g.H && x >= 0 && x < g.W) {
-        widen(g.x.at(n, y, x) + begin, a, end - begin);
-      } else {
-        std::memset(a, 0, (end - begin) * sizeof(S));
-      }
-      const T* from = g.dy.at(n, oy, ox);
-      for (int64_t k = 0; k < g.K; k += kPanel) {
-        S* panel = b + k * kPiece + i * kPanel;
-        const int64_t columns = panel_columns(g, k / kPanel);
-        if (columns == kPanel) {  // a constant number: no call
-          widen(from + k, panel, kPanel);
-        } else {
-          widen(from + k, panel, columns);
-          for (int64_t j = columns; j < kPanel; ++j) panel[j] = 0;
+        const int64_t length = g.run < g.S ? g.run : g.S;  // all of a kernel row
+        for (int64_t i = 0; i * length < g.run; ++i) {
+          pack_run(g, n, y + i * g.dilation_h, x, length, a + i * length * g.C);
         }
+      } else {
+        inside = y >= 0 && y < g.H && x >= 0 && x < g.W;
+        if (inside) widen(g.x.at(n, y, x) + begin, a, end - begin);
+      }
+      if (inside) {
+        pack_columns(g, g.dy.at(n, oy, ox), first_panel, last_panel, b + count * kPanel);
+        a += step;
+        ++count;
       }
       if (++ox == g.Wo) {
         ox = 0;
         if (++oy == g.Ho) oy = 0, ++n;
       }
     }
+    *position = p;
+    return count;
   }
 
-  // Pixels x, x + 1, ... of a plane, zeros where they are outside of the image.
-  static void pack_run(const Gradient& g, int64_t n, int64_t y, int64_t x, S* to) {
-    int64_t left = 0, right = g.run;  // pixels [left, right) are inside
+  // The channels of a pixel of dy to panels [first, last).
+  FASTSEG_INLINE void pack_columns(const Gradient& g, const T* pixel, int64_t first, int64_t last,
+                                   S* to) {
+    for (int64_t panel = first; panel < last; ++panel, to += kPanelStep) {
+      const T* from = pixel + panel * kPanel;
+      const int64_t columns = panel_columns(g, panel);
+      if (columns == kPanel) {  // a constant number: no call
+        widen(from, to, kPanel);
+      } else {
+        widen(from, to, columns);
+        for (int64_t j = columns; j < kPanel; ++j) to[j] = 0;
+      }
+    }
+  }
+
+  // `length` pixels x, x + 1, ..., zeros where they are outside of the image.
+  static void pack_run(const Gradient& g, int64_t n, int64_t y, int64_t x, int64_t length, S* to) {
+    int64_t left = 0, right = length;  // pixels [left, right) are inside
     if (x < 0) left = -x < right ? -x : right;
     if (x + right > g.W) right = g.W - x > left ? g.W - x : left;
     if (y < 0 || y >= g.H) left = right = 0;
     if (left > 0) std::memset(to, 0, left * g.C * sizeof(S));
     if (left < right) widen(g.x.at(n, y, x + left), to + left * g.C, (right - left) * g.C);
-    if (right < g.run) std::memset(to + right * g.C, 0, (g.run - right) * g.C * sizeof(S));
+    if (right < length) std::memset(to + right * g.C, 0, (length - right) * g.C * sizeof(S));
   }
 
   // Where the pixels of a tile with its first one at (y, x) lie, those outside of the image at

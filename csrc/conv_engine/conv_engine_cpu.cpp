@@ -20,9 +20,6 @@ namespace fastseg {
 namespace conv_engine {
 namespace {
 
-// From this size on outputs are written past the caches: nobody would find them there anyway.
-constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
-
 // The part of the arguments that both ops share, in the order of the schema.
 struct Options {
   int64_t R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation;
@@ -188,9 +185,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.strassen = o.strassen;
   // A residual that is overwritten has just been read.
   const bool in_place = residual && conv.residual.data == conv.y.data;
-  conv.stream = !in_place && conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
-                conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
-                conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
+  conv.stream = !in_place && streams(conv);
   if (o.tile == 0 && has_few_channels(conv)) {
     FASTSEG_COUNT("conv_engine.few_channels");
     if constexpr (std::is_same_v<E, float>) run_few_channels(conv);

@@ -16,6 +16,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/pack.h"
 #include "conv_engine/strassen.h"
 #include "conv_engine/tiles.h"
 #include "conv_engine/winograd.h"
@@ -41,24 +42,32 @@ void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, f
 }
 
 template <class Scheme, typename E>
-void pack_winograd(const float* weight, int64_t K, int64_t C, E* packed) {
-  using Kernel = Convolution<E, E>;
-  const auto pack = FASTSEG_ISA_CALL(WinogradKernel<Scheme, Kernel>::pack);
-  const int64_t groups = ceil_div(C, kLine<E>);
-  parallel_tasks(ceil_div(K, kPanel) * groups, [&](int64_t task) {
-    pack(weight, K, C, task / groups, task % groups * kLine<E>, packed);
+void pack_winograd(const Weights& weights, E* packed) {
+  const auto pack = FASTSEG_ISA_CALL(pack_winograd_panel<Scheme, E>);
+  const int64_t groups = ceil_div(weights.C, kLine<E>);
+  parallel_tasks(ceil_div(weights.K, kPanel) * groups, [&](int64_t task) {
+    pack(weights, task / groups, task % groups * kLine<E>, packed);
   });
 }
 
-template <typename E>
-void pack_gemm(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
-  const int64_t depth = round_up(C * taps, kLine<E>);
+void pack_gemm(const Weights& weights, float* packed) {
+  const int64_t depth = round_up(weights.C * weights.taps(), kGroup);
+  parallel_tasks(ceil_div(weights.K, kPanel), [&](int64_t panel) {
+    FASTSEG_ISA_CALL(pack_panel)(weights, panel, depth, packed + panel * depth * kPanel);
+  });
+}
+
+// Contiguous weights.
+void pack_gemm(const Weights& weights, BFloat16* packed) {
+  const int64_t C = weights.C, K = weights.K, taps = weights.taps();
+  const int64_t depth = round_up(C * taps, kLine<BFloat16>);
   parallel_tasks(ceil_div(K, kPanel), [&](int64_t panel) {
+    BFloat16* dst = packed + panel * depth * kPanel;
+    std::memset(static_cast<void*>(dst), 0, depth * kPanel * sizeof *dst);
     for (int64_t k = panel * kPanel; k < std::min(K, (panel + 1) * kPanel); ++k) {
-      E* dst = packed + panel * depth * kPanel;
       for (int64_t c = 0; c < C; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          dst[panel_index<E>(tap * C + c, k)] = static_cast<E>(weight[(k * C + c) * taps + tap]);
+          dst[panel_index<BFloat16>(tap * C + c, k)] = static_cast<BFloat16>(weights.at(k, c)[tap]);
         }
       }
     }
@@ -88,17 +97,24 @@ void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
 void pack_depthwise(const float* weight, int64_t K, int64_t taps, float* packed) {
   for (int64_t tap = 0; tap < taps; ++tap, packed += round_up(K, kPanel)) {
     for (int64_t k = 0; k < K; ++k) packed[k] = weight[k * taps + tap];
+    std::fill(packed + K, packed + round_up(K, kPanel), 0.0f);
   }
+}
+
+void pack_bias(const float* bias, int64_t K, float* packed) {
+  if (bias != nullptr) std::copy_n(bias, K, packed);
+  std::fill(packed + (bias != nullptr ? K : 0), packed + round_up(K, kPanel), 0.0f);
 }
 
 // weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
 // which is float32 in any case.
 template <typename E>
-Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
-            int64_t strassen) {
-  FASTSEG_CHECK(
-      weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
-      "conv_engine_pack: weight must be a contiguous float32 tensor (K, C, R, S)");
+Tensor pack(const Tensor& any, const std::optional<Tensor>& bias, int64_t tile, int64_t strassen) {
+  FASTSEG_CHECK(any.dim() == 4 && any.scalar_type() == ScalarType::Float,
+                "conv_engine_pack: weight must be a float32 tensor (K, C, R, S)");
+  const bool strided =
+      std::is_same_v<E, float> && !strassen && tile != kDepthwiseTile && tile != kLineTile;
+  const Tensor weight = strided ? any : torch::stable::contiguous(any);
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
   check_tile<E>(tile, K, C, weight.size(2), weight.size(3), strassen);
   FASTSEG_CHECK(tile != kDepthwiseTile || C == 1,
@@ -108,22 +124,32 @@ Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t til
                 "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
   const int64_t size = packed_size<E>(K, C, taps, tile, strassen);
   const Tensor packed =
-      torch::stable::new_zeros(weight, {size + round_up(K, kPanel) * kPerWord<E>},
+      torch::stable::new_empty(weight, {size + round_up(K, kPanel) * kPerWord<E>},
                                std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
   E* dst = packed.mutable_data_ptr<E>();
   const float* src = weight.const_data_ptr<float>();
+  const Weights weights{src,
+                        K,
+                        C,
+                        weight.size(2),
+                        weight.size(3),
+                        weight.stride(0),
+                        weight.stride(1),
+                        weight.stride(2),
+                        weight.stride(3)};
   if (strassen) {
     if constexpr (std::is_same_v<E, float>) pack_strassen(src, K, C, dst);
   } else if (tile == 0) {
-    pack_gemm(src, K, C, taps, dst);
+    pack_gemm(weights, dst);
   } else if (tile == kDepthwiseTile) {
     if constexpr (std::is_same_v<E, float>) pack_depthwise(src, K, taps, dst);
   } else if (tile == kLineTile) {
     if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
   } else {
-    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(src, K, C, dst); });
+    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, dst); });
   }
-  if (bias) std::copy_n(bias->const_data_ptr<float>(), K, reinterpret_cast<float*>(dst + size));
+  pack_bias(bias ? bias->const_data_ptr<float>() : nullptr, K,
+            reinterpret_cast<float*>(dst + size));
   return packed;
 }
 
@@ -134,6 +160,22 @@ Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias,
 }
 
 }  // namespace
+
+int64_t packed_floats(const Weights& weights, int64_t tile) {
+  return packed_size<float>(weights.K, weights.C, weights.taps(), tile, 0) +
+         round_up(weights.K, kPanel);
+}
+
+void pack_weights(const Weights& weights, const float* bias, int64_t tile, float* packed) {
+  if (tile == 0) {
+    pack_gemm(weights, packed);
+  } else {
+    dispatch_tile<float>(tile,
+                         [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, packed); });
+  }
+  pack_bias(bias, weights.K, packed + packed_floats(weights, tile) - round_up(weights.K, kPanel));
+}
+
 }  // namespace conv_engine
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import conv_bn_autograd as _autograd  # noqa: F401  registers fakes and gradients
 from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from .conv_act import conv_with_epilogue, fold_bn
-from .conv_train import train_conv2d, training_tile
+from .conv_train import TrainingStep, training_kernels
 
 
 def conv_bn_act(
@@ -51,9 +51,9 @@ def conv_bn_act(
         eps: added to the variance.
         activation: "relu", "leaky_relu" or "none".
         negative_slope: of "leaky_relu", at least 0.
-        accuracy: "default" lets training on the CPU in float32 use Winograd's F(4, 3) for 3x3
-            kernels, with an error of at most 1e-5 of the largest value in the convolution and its
-            gradients; "strict" takes what rounds no more than torch's convolution.
+        accuracy: "default" lets training on the CPU use Winograd's F(4, 3) for 3x3 kernels, with an
+            error of at most 1e-5 of the largest value in the convolution and its gradients in
+            float32; "strict" takes what rounds no more than torch's convolution.
 
     Returns:
         (N, C, H', W') in the dtype and memory format that conv2d gives. Differentiable in ``x``,
@@ -62,10 +62,12 @@ def conv_bn_act(
         float64 inputs). On CUDA, float32 may be computed in TF32 where
         ``torch.backends.cudnn.allow_tf32`` is set, and channels-last inputs get our convolution
         where it is expected to be faster than cuDNN's.
-        On the CPU training in float32 with one group gives the same bits for any number of
-        threads, gradients included, in channels-last memory or where Winograd's form is used.
-        Otherwise what torch's convolution computes may not: the convolution and the gradient of
-        ``x``, and except for one group in channels-last memory that of ``weight``.
+        On the CPU the engine of ``conv_engine`` or torch computes the convolution and each of its
+        gradients, whichever is expected to be faster (``conv_train.training_kernels``). What the
+        engine computes, and the batch norm, has the same bits for any number of threads; torch's
+        gradient of the weight may not. With ``torch.use_deterministic_algorithms(True)`` the engine
+        computes all that it can: float32 and bfloat16 with one group, the gradient of the weight in
+        any dtype.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit together, or one value per channel in
@@ -107,36 +109,23 @@ def conv_bn_act(
     if count == 0:  # nothing to take statistics of
         return F.conv2d(x, weight, bias, *geometry, groups)
     slope = slope_of(activation, negative_slope)
-    tile = training_tile(x, weight, *geometry, groups, accuracy)
-    if tile is not None:
-        y = train_conv2d(x, weight, bias, *geometry, tile)
-        z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
+    arguments = (x, weight, bias, bn_weight, bn_bias, residual, *geometry, groups, eps, slope)
+    kernels = training_kernels(x, weight, *geometry, groups, accuracy)
+    if kernels is not None:
+        z, mean, var = TrainingStep.apply(*arguments, *kernels)
     else:
-        z, _, mean, var = torch.ops.fastseg.conv_bn_act(
-            x,
-            weight,
-            bias,
-            bn_weight,
-            bn_bias,
-            residual,
-            *geometry,
-            groups,
-            eps,
-            slope,
-            allows_tf32(x),
-        )
+        z, _, mean, var = torch.ops.fastseg.conv_bn_act(*arguments, allows_tf32(x))
     update_running(running_mean, mean, momentum)
     update_running(running_var, var * (count / (count - 1)), momentum)
     return z
 
 
-@torch.no_grad()
 def update_running(running: Tensor | None, batch: Tensor, momentum: float | Tensor) -> None:
     """Moves a running statistic, unless None, towards that of a batch."""
     if running is not None:
         if isinstance(momentum, Tensor):
             momentum = momentum.to(running.dtype)
-        running.lerp_(batch.to(running.dtype), momentum)
+        running.lerp_(batch if batch.dtype == running.dtype else batch.to(running.dtype), momentum)
 
 
 def conv_bn_act_reference(

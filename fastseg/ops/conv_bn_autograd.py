@@ -41,7 +41,7 @@ def _(dz, y, mean, var, bn_weight, bn_bias, residual, eps, slope):
     return torch.empty_like(y), torch.empty_like(mean), torch.empty_like(var), dresidual
 
 
-def _bn_gradients(
+def bn_gradients(
     ctx: Any,
     dz: Tensor,
     y: Tensor,
@@ -85,7 +85,7 @@ def _conv_bn_act_backward(ctx, dz, *_):
     nothing = (None,) * 13
     if dz is None:
         return nothing
-    dy, *rest = _bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)
+    dy, *rest = bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)
     grads = (None, None, None)
     if any(ctx.needs_input_grad[:3]):
         grads = conv_backward(ctx, dy, x, weight)
@@ -97,31 +97,7 @@ torch.library.register_autograd(
 )
 
 
-# fastseg::bn_act_stats: fastseg::conv_bn_act without its convolution
-
-
 @torch.library.register_fake("fastseg::bn_act_stats")
 def _(y, bn_weight, bn_bias, residual, eps, slope):
     stats = [y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2)]
     return torch.empty_like(y), *stats
-
-
-def _bn_act_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    y, bn_weight, bn_bias, residual, ctx.eps, ctx.slope = inputs
-    _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.set_materialize_grads(False)
-    ctx.with_residual = residual is not None
-    ctx.save_for_backward(y, mean, var, bn_weight, bn_bias, residual if ctx.slope != 1 else None)
-
-
-def _bn_act_backward(ctx, dz, *_):
-    y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
-    if dz is None:
-        return (None,) * 6
-    return *_bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual), None, None
-
-
-torch.library.register_autograd(
-    "fastseg::bn_act_stats", _bn_act_backward, setup_context=_bn_act_setup
-)

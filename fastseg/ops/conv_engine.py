@@ -112,7 +112,7 @@ def pack_conv(
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None
         packed = torch.ops.fastseg.conv_engine_pack(
-            weight.detach().contiguous(), bias, tile, products == torch.bfloat16, strassen
+            weight.detach(), bias, tile, products == torch.bfloat16, strassen
         )
     return PackedConv(
         packed,
@@ -131,17 +131,8 @@ def pack_conv(
 
 
 def pack_matrix(matrix: Tensor) -> PackedConv:
-    """``pack_conv(matrix.T[..., None, None])``, a product of pixels and (C, K) float32, without a
-    transposed copy."""
-    C, K = matrix.shape
-    depth, columns = round_up(C, 16), round_up(K, 32)
-    packed = matrix.new_zeros((depth + 1) * columns)  # the bias behind the weights
-    panels = packed[: depth * columns].view(-1, depth, 32)
-    whole = K - K % 32
-    panels[: whole // 32, :C].copy_(matrix[:, :whole].view(C, whole // 32, 32).transpose(0, 1))
-    if whole < K:
-        panels[-1, :C, : K - whole].copy_(matrix[:, whole:])
-    return PackedConv(packed, C, K, (1, 1), (1, 1), (0, 0), (1, 1), 0, "none", 0.0)
+    """A product of pixels and (C, K) float32."""
+    return pack_conv(matrix.T[..., None, None])
 
 
 def conv_engine(

@@ -1,22 +1,38 @@
-"""The convolution of training on the CPU in float32, by the convolution engine: its packing of the
-weights is part of every call. The same bits for any number of threads."""
+"""The training step on the CPU: each of a convolution and its two gradients by the convolution
+engine or by torch, whichever is faster. The engine packs the weights in every call; what it
+computes has the same bits for any number of threads."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ._conv_options import output_size
-from ._layout import image_layout
+from ._layout import empty_image
 from .conv_act import channel_sums
-from .conv_choice import choose_tile
-from .conv_engine import channels_last, conv_engine, pack_conv
+from .conv_bn_autograd import bn_gradients
+from .conv_choice import TILES, winograd_products
+
+TORCH = -1  # instead of a tile
+DIRECT = 13.0  # time of a direct convolution, multiplications per pixel and pair of channels
+PACK = 190.0  # that a transformed weight takes to be made and read, in multiplications
+MOST_PACKED = 8 << 20  # transformed weights, 32 MiB: with 75 the peak memory is above torch's
+LARGE = 500_000  # weights from which on the engine's matrix product waits for them
 
 
-def training_tile(
+class TrainingKernels(NamedTuple):
+    """What computes the convolution and its gradients: 0 for the engine's matrix product, the tile
+    of Winograd's algorithm, or ``TORCH``."""
+
+    forward: int
+    input_gradient: int
+    weight_gradient: int
+
+
+def training_kernels(
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -24,51 +40,196 @@ def training_tile(
     dilation: Sequence[int],
     groups: int,
     accuracy: str,
-) -> int | None:
-    """The algorithm by which ``train_conv2d`` computes this convolution: the tile of Winograd's for
-    3x3 kernels, with an error of at most 1e-5 of the largest value in outputs and gradients; 0 for
-    the matrix product, where that is as fast or ``accuracy`` is "strict". None where torch's
-    convolution trains: for other dtypes, devices and in groups, and instead of the matrix product
-    for NCHW images, whose conversions would take as long (64 to 64 channels: step 41 instead of
-    17 ms).
+) -> TrainingKernels | None:
+    """The kernels of a training step, None for devices other than the CPU.
 
-    Transformed weights cost as much as some 200 pixels of the convolution.
+    Measured on two cores of Emerald Rapids, channels last (benchmarks/README.md): Winograd's
+    algorithm is ahead of torch from some 700 pixels on with F(4, 3), from 400 with F(2, 3), which
+    alone is allowed for ``accuracy="strict"``; below that its weights take longer to be
+    transformed. The matrix product is on a par with torch's, until there are half a million weights
+    (0.8 to 0.95 of its speed). The weights' gradient is by F(3, 4) where its sums stay in cache,
+    else by direct sums, in any dtype. NCHW images are converted only for Winograd's algorithm. Of
+    bfloat16 the engine multiplies in float32, which is twice as fast where bfloat16 dot products
+    are not (``fastseg._C.bf16_products()``). torch trains in other dtypes and in groups.
+
+    ``torch.use_deterministic_algorithms(True)`` takes the engine wherever it can compute.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or groups != 1:
+    if x.device.type != "cpu":
         return None
-    winograd = (
-        accuracy == "default"
-        and weight.shape[2:] == (3, 3)
-        and all(p <= 2 * d for p, d in zip(padding, dilation, strict=True))
-        and min(weight.shape[:2]) >= 32
-        and x.shape[0] * x.shape[2] * x.shape[3] >= 1024
-    )
-    tile = 0
-    if winograd:
-        K, C = weight.shape[:2]
-        tile = choose_tile(C, K, (3, 3), x.shape[2:], stride, padding, dilation)
-    if tile == 0 and _format(x, weight) != torch.channels_last:
-        return None
-    return min(tile, 4)  # F(6, 3) rounds more
-
-
-def train_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    tile: int,
-) -> Tensor:
-    """``F.conv2d(x, weight, bias, stride, padding, dilation)`` for what ``training_tile`` serves,
-    in the memory format that conv2d gives. Differentiable once in ``x``, ``weight``, ``bias``."""
-    return torch.ops.fastseg.train_conv(
-        x, weight, bias, list(stride), list(padding), list(dilation), tile
+    choose = _choose if torch.compiler.is_compiling() else _choose_once
+    return choose(
+        tuple(x.shape),
+        tuple(weight.shape),
+        (tuple(stride), tuple(padding), tuple(dilation)),
+        groups,
+        x.dtype,
+        conv_format(x, weight) == torch.channels_last,
+        accuracy == "strict",
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+def _choose(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    strict: bool,
+    deterministic: bool,
+) -> TrainingKernels:
+    K, C = weight[:2]
+    slow_bfloat16 = dtype == torch.bfloat16 and not _C.bf16_products()
+    if groups != 1 or min(x[1:]) == 0 or K == 0:
+        return TrainingKernels(TORCH, TORCH, TORCH)
+    if (
+        dtype != torch.float32
+        and not slow_bfloat16
+        and not (deterministic and dtype == torch.bfloat16)
+    ):
+        return TrainingKernels(TORCH, TORCH, 0 if deterministic else TORCH)
+    size = output_size(x[2:], weight[2:], *geometry)
+    forward = _convolution_kernel(x[0], C, K, weight[2:], x[2:], size, geometry, strict)
+    back = _convolution_kernel(x[0], K, C, weight[2:], size, x[2:], geometry, strict)
+    if deterministic:
+        forward, back = max(forward, 0), max(back, 0)
+    elif not channels_last and forward <= 0 and back <= 0:
+        return TrainingKernels(TORCH, TORCH, TORCH)
+    return TrainingKernels(
+        forward, back, _gradient_kernel(x[0], C, K, weight[2:], size, geometry, dtype, strict)
+    )
+
+
+def _convolution_kernel(
+    N: int,
+    C: int,
+    K: int,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    output: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    strict: bool,
+) -> int:
+    """The kernel of a convolution of C to K channels: the one with the fewest multiplications."""
+    stride, padding, dilation = geometry
+    taps = kernel[0] * kernel[1]
+    direct = 0 if taps * C * K < LARGE else TORCH
+    if kernel != (3, 3) or stride != (1, 1) or min(C, K) < 16:
+        return direct
+    if any(p > 2 * d for p, d in zip(padding, dilation, strict=True)):
+        return direct
+    inside = 1.0  # share of the taps, of which torch leaves out some
+    for n, d in zip(output, dilation, strict=True):
+        inside *= (n + 2 * max(n - d, 0)) / (3 * n)
+    cost = {direct: DIRECT * N * output[0] * output[1] * max(inside, 0.8)}
+    for tile in (2,) if strict else (2, 4):
+        if TILES[tile][3] ** 2 * C * K > MOST_PACKED:
+            continue
+        products, _ = winograd_products(output, dilation, tile)
+        cost[tile] = N * products * (1 + 12 / C + 12 / K) + PACK * TILES[tile][3] ** 2
+    return min(cost, key=cost.__getitem__)
+
+
+def _gradient_kernel(
+    N: int,
+    C: int,
+    K: int,
+    kernel: tuple[int, ...],
+    output: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    strict: bool,
+) -> int:
+    """0 or 4 for the gradient of the weights."""
+    stride, _, dilation = geometry
+    if strict or dtype != torch.float32 or kernel != (3, 3) or stride != (1, 1) or min(C, K) < 16:
+        return 0
+    tiles = N
+    for n, d in zip(output, dilation, strict=True):
+        tiles *= n % d * -(-(n // d + 1) // 4) + (d - n % d) * -(-(n // d) // 4)
+    in_cache = 36 * 4 * C * K < 32 << 20  # the sums
+    winograd = 36 * (3.8 * tiles + (90 if in_cache else 350))
+    return 4 if winograd < 15 * N * output[0] * output[1] else 0
+
+
+_choose_once = lru_cache(4096)(_choose)
+
+
+class TrainingStep(torch.autograd.Function):
+    """``activation(batch_norm(conv2d(x, weight, bias)) + residual)`` with the statistics of the
+    batch: (z, mean, variance), of which z is differentiable once."""
+
+    # With setup_context apply() inspects the signature in every call, 60 us.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        eps: float,
+        slope: float,
+        tile: int,
+        *gradient_tiles: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        geometry = (stride, padding, dilation, groups)
+        y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, tile)
+        z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
+        ctx.geometry, ctx.eps, ctx.slope, ctx.gradient_tiles = geometry, eps, slope, gradient_tiles
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        # Neither z nor a mask: the backward recomputes the sign from y. With no activation the
+        # residual is not needed either.
+        ctx.with_residual = residual is not None
+        ctx.save_for_backward(
+            x, weight, y, mean, var, bn_weight, bn_bias, residual if slope != 1 else None
+        )
+        return z, mean, var
+
+    @staticmethod
+    def backward(ctx, dz, *_):
+        x, weight, y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
+        nothing = (None,) * 9
+        if dz is None:
+            return *(None,) * 6, *nothing
+        dy, *rest = bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)
+        del y, dz  # dy takes their memory
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # for second derivatives, which torch's op has
+            grads = torch.ops.aten.convolution_backward(
+                dy,
+                x,
+                weight,
+                [weight.shape[0]],
+                *ctx.geometry[:3],
+                False,
+                [0, 0],
+                ctx.geometry[3],
+                [need_x, need_weight, need_bias],
+            )
+            return *grads, *rest, *nothing
+        dx = dweight = None
+        if need_x or need_weight:
+            dx, dweight = torch.ops.fastseg.train_conv_backward(
+                dy, x, weight, *ctx.geometry, *ctx.gradient_tiles, need_x, need_weight
+            )
+        return (
+            dx if need_x else None,
+            dweight if need_weight else None,
+            channel_sums(dy) if need_bias else None,
+            *rest,
+            *nothing,
+        )
+
+
+def conv_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """conv2d gives channels last if the input or the weight is."""
     for t in (x, weight):
         if t.shape[1] > 1 and t.stride(1) == 1 and t.stride(3) >= t.shape[1]:
@@ -76,126 +237,22 @@ def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-@torch.library.custom_op("fastseg::train_conv", mutates_args=())
-def _train_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    tile: int,
-) -> Tensor:
-    packed = pack_conv(
-        weight,
-        bias,
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        dilation=(dilation[0], dilation[1]),
-        tile=tile,
-    )
-    return conv_engine(x, packed).contiguous(memory_format=_format(x, weight))
-
-
-@_train_conv.register_fake
-def _(x, weight, bias, stride, padding, dilation, tile):
+@torch.library.register_fake("fastseg::train_conv")
+def _(x, weight, bias, stride, padding, dilation, groups, tile):
+    if tile == TORCH:
+        return torch.ops.aten.convolution(
+            x, weight, bias, stride, padding, dilation, False, [0, 0], groups
+        )
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = x.new_empty(x.shape[0], weight.shape[0], *size)
-    return y.contiguous(memory_format=_format(x, weight))
+    return y.contiguous(memory_format=conv_format(x, weight))
 
 
-@torch.library.custom_op("fastseg::train_conv_input_gradient", mutates_args=())
-def _input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    tile: int,
-) -> Tensor:
-    """The gradient of ``x``: for each phase of the input modulo the stride the convolution of dy
-    with the taps that meet it, turned round."""
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dy = channels_last(dy)
-    axes = [
-        _phases(*axis)
-        for axis in zip(
-            x.shape[2:], dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    for rows, taps_y, (top, bottom), step_y in axes[0]:
-        for columns, taps_x, (left, right), step_x in axes[1]:
-            out = dx[:, :, rows, columns]
-            turned = weight[:, :, taps_y, taps_x].flip(2, 3).transpose(0, 1)
-            if out.numel() == 0 or turned.numel() == 0:
-                out.zero_()
-                continue
-            source, pads = dy, (top, left)
-            if (top, left) != (bottom, right) or min(pads) < 0:
-                source, pads = F.pad(dy, (left, right, top, bottom)), (0, 0)
-            packed = pack_conv(turned, padding=pads, dilation=(step_y, step_x), tile=tile)
-            conv_engine(source, packed, out=out)
-    return dx.contiguous(memory_format=image_layout(x))
-
-
-def _phases(size: int, out: int, taps: int, stride: int, padding: int, dilation: int) -> list:
-    """Along one axis, for each phase: its positions in x, its taps, the padding of dy before and
-    behind, and the distance of the taps on dy.
-
-    Position ``phase + stride * j`` meets tap r at ``(phase + padding - r * dilation) / stride + j``
-    of dy, where that is whole: for every ``period``-th tap from ``first`` on.
-    """
-    period = stride // math.gcd(stride, dilation)
-    phases = []
-    for phase in range(stride):
-        first = next(
-            (r for r in range(period) if (phase + padding - r * dilation) % stride == 0), taps
-        )
-        count = len(range(first, taps, period))
-        step = period * dilation // stride
-        begin = (phase + padding - first * dilation) // stride
-        positions = len(range(phase, size, stride))
-        pads = ((count - 1) * step - begin, positions + begin - out)
-        phases.append((slice(phase, None, stride), slice(first, None, period), pads, step))
-    return phases
-
-
-@_input_gradient.register_fake
-def _(dy, x, weight, stride, padding, dilation, tile):
-    return torch.empty_like(x).contiguous(memory_format=image_layout(x))
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, weight, _, *ctx.geometry, ctx.tile = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx, dy):
-    x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    nothing = (None,) * 4
-    if torch.is_grad_enabled():  # for second derivatives, which torch's op has
-        grads = torch.ops.aten.convolution_backward(
-            dy,
-            x,
-            weight,
-            [weight.shape[0]],
-            *ctx.geometry,
-            False,
-            [0, 0],
-            1,
-            [need_x, need_weight, need_bias],
-        )
-        return *grads, *nothing
-    dx = dweight = None
-    if need_weight:  # first: dx would lie beside its scratch memory
-        dweight = torch.ops.fastseg.conv_weight_gradient(
-            dy, x, weight, *ctx.geometry, ctx.tile != 0
-        )
-    if need_x:
-        dx = torch.ops.fastseg.train_conv_input_gradient(dy, x, weight, *ctx.geometry, ctx.tile)
-    return dx, dweight, channel_sums(dy) if need_bias else None, *nothing
-
-
-_train_conv.register_autograd(_backward, setup_context=_setup_context)
+@torch.library.register_fake("fastseg::train_conv_backward")
+def _(
+    dy, x, weight, stride, padding, dilation, groups, input_tile, weight_tile, need_x, need_weight
+):
+    return tuple(
+        empty_image(t, t.shape) if needed else x.new_empty(0)
+        for t, needed in ((x, need_x), (weight, need_weight))
+    )

@@ -202,10 +202,10 @@ def emulated_ops() -> Iterator[Emulator]:
     for name in emulator.ops:
         kernel = getattr(torch.ops.fastseg_emulated, name).default
         library.impl(name, kernel, "CPU", allow_override=True)
-    training_tile = conv_bn.training_tile
-    conv_bn.training_tile = lambda *_: None  # as on CUDA: no training by the CPU's engine
+    training_kernels = conv_bn.training_kernels
+    conv_bn.training_kernels = lambda *_: None  # as on CUDA: no training by the CPU's engine
     try:
         yield emulator
     finally:
-        conv_bn.training_tile = training_tile
+        conv_bn.training_kernels = training_kernels
         library._destroy()

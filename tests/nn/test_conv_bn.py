@@ -9,9 +9,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastseg
 import fastseg.nn.conv_bn as conv_bn
 from fastseg.nn import ConvBNReLU2d
 from tests.conftest import assert_as_accurate
+
+
+@pytest.fixture(autouse=True)
+def _fuse_small_steps(monkeypatch):
+    monkeypatch.setattr(conv_bn, "SMALLEST_FUSED", 0)
 
 
 def make(**options):
@@ -283,6 +289,30 @@ def test_export():
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("N", max=8)},))
     more = torch.randn(3, 4, 9, 7)
     torch.testing.assert_close(program.module()(more), model(more))
+
+
+def test_small_steps(monkeypatch):
+    """They run unfused, and give the same."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(conv_bn, "SMALLEST_FUSED", 2 * 9 * 8 * 6 * 4 * 9 + 1)
+    x = torch.randn(2, 4, 9, 8)
+    for activation in ("relu", "leaky_relu", "none"):
+        layer = make(activation=activation)
+        plain = plain_copy(layer)
+        fastseg._C.reset_kernel_counts()
+        outputs = [layer(x), plain(x)]
+        assert not any(fastseg._C.kernel_counts().values())
+        assert torch.equal(*outputs)
+        assert torch.equal(layer.bn.running_var, plain.bn.running_var)
+        layer(torch.randn(2, 4, 9, 9))
+        assert any(fastseg._C.kernel_counts().values())
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.testing.assert_close(layer(x), outputs[0])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        with pytest.raises(ValueError, match="channels must be"):
+            layer(torch.zeros(1, 3, 9, 8))
 
 
 def test_errors():

@@ -1,4 +1,4 @@
-"""Training with the convolution engine on the CPU, against float64."""
+"""The training step on the CPU, by the engine and by torch, against float64."""
 
 import pytest
 import torch
@@ -7,12 +7,32 @@ from torch.library import opcheck
 import fastseg
 from fastseg.nn import ConvBNReLU2d
 from fastseg.ops import conv_bn_act, conv_bn_act_reference
-from fastseg.ops.conv_train import train_conv2d, training_tile
+from fastseg.ops.conv_train import TORCH, training_kernels
 
 pytestmark = pytest.mark.usefixtures("not_emulated")
 
 LAST = torch.channels_last
 ONE = (1, 1)
+
+
+def train_conv(x, weight, bias, geometry, tile):
+    """The convolution and a function of dy that gives its gradients in x and weight."""
+    geometry = [list(pair) for pair in geometry]
+    y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, 1, tile)
+
+    def gradients(dy):
+        return torch.ops.fastseg.train_conv_backward(
+            dy, x, weight, *geometry, 1, tile, tile, True, True
+        )
+
+    return y, gradients
+
+
+def exact_conv(x, weight, bias, geometry, dy):
+    """The convolution and its gradients in x and weight, in float64."""
+    double = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = torch.nn.functional.conv2d(*double, *geometry)
+    return y, *torch.autograd.grad(y, double[:2], dy.double())
 
 
 def case(N, C, H, W, K, padding, dilation):
@@ -33,22 +53,19 @@ cases = pytest.mark.parametrize("shape", CASES, ids=str)
 
 
 @cases
-def test_convolution_and_gradients(shape, cpu_isa):
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
+def test_convolution_and_gradients(shape, tile, layout, cpu_isa):
     x, weight, options = case(*shape)
-    tile = training_tile(x, weight, (1, 1), *options.values(), 1, "default")
-    assert tile in (2, 3, 4)
-    bias = torch.randn(weight.shape[0])
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = train_conv2d(*inputs, ONE, *options.values(), tile)
-    double = [t.detach().double().requires_grad_() for t in inputs]
-    exact = torch.nn.functional.conv2d(*double, **options)
-    grad = torch.randn_like(y)
-    grads = torch.autograd.grad(y, inputs, grad)
-    exact_grads = torch.autograd.grad(exact, double, grad.double())
-    assert y.is_contiguous(memory_format=LAST)
-    for got, right in zip((y, *grads), (exact, *exact_grads), strict=True):
-        assert got.shape == right.shape
-        assert (got - right).abs().max() <= 1e-5 * right.abs().max()
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    geometry, bias = (ONE, *options.values()), torch.randn(weight.shape[0])
+    y, gradients = train_conv(x, weight, bias, geometry, tile)
+    dy = torch.randn_like(y)
+    assert y.is_contiguous(memory_format=layout)
+    right = exact_conv(x, weight, bias, geometry, dy)
+    for got, exact in zip((y, *gradients(dy)), right, strict=True):
+        assert got.shape == exact.shape
+        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @cases
@@ -68,7 +85,7 @@ def test_training_step(shape, activation):
         running = torch.zeros(C, dtype=wide), torch.ones(C, dtype=wide)
         fastseg._C.reset_kernel_counts()
         z = op(x, weight, None, scale, shift, *running, r, **options)
-        counted = fastseg._C.kernel_counts().get("conv_engine.winograd", 0)
+        counted = fastseg._C.kernel_counts().get("conv_train.winograd", 0)
         assert counted == (1 if op is conv_bn_act else 0)
         torch.manual_seed(1)
         grad = torch.randn(z.shape).to(wide)
@@ -80,22 +97,35 @@ def test_training_step(shape, activation):
 
 def test_choice():
     x, weight, _ = case(1, 64, 40, 40, 64, (1, 1), (1, 1))
+    wide = torch.randn(1024, 64, 3, 3)
+    pointwise = torch.randn(64, 64, 1, 1)
 
-    def tile(x=x, weight=weight, stride=(1, 1), padding=(1, 1), groups=1, accuracy="default"):
-        return training_tile(x, weight, stride, padding, (1, 1), groups, accuracy)
+    def chosen(x=x, weight=weight, stride=1, padding=1, groups=1, accuracy="default"):
+        geometry = ((stride, stride), (padding, padding), (1, 1))
+        return training_kernels(x, weight, *geometry, groups, accuracy)
 
-    assert tile() == 4
-    assert tile(accuracy="strict") == 0
-    assert tile(x=x.contiguous(), accuracy="strict") is None
-    assert tile(x=x.contiguous()) == 4
-    assert tile(x=x.double()) is None
-    assert tile(x=x.bfloat16()) is None
-    assert tile(groups=2) is None
-    assert tile(x=x[..., :8, :8]) == 0  # transforming the weights would take longer
-    assert tile(weight=weight[:16]) == 0
-    assert tile(weight=weight[..., :1, :1]) == 0
-    assert tile(stride=(2, 2)) == 0
-    assert tile(padding=(3, 1)) == 0
+    torch_alone = (TORCH, TORCH, TORCH)
+    assert chosen() == (4, 4, 4)
+    assert chosen(x=x.contiguous()) == (4, 4, 4)
+    assert chosen(accuracy="strict") == (2, 2, 0)
+    assert chosen(weight=pointwise, padding=0) == (0, 0, 0)
+    assert chosen(weight=pointwise, padding=0, x=x.contiguous()) == torch_alone
+    assert chosen(weight=weight[:8]) == (0, 0, 0)
+    assert chosen(x=x[..., :8, :8]) == (0, 0, 0)  # transforming the weights would take longer
+    assert chosen(stride=2) == (0, 0, 0)
+    assert chosen(padding=3) == (0, 0, 4)
+    assert chosen(weight=wide, stride=2) == (TORCH, TORCH, 0)
+    assert chosen(x=x.double()) == torch_alone
+    assert chosen(x=x.half()) == torch_alone
+    assert chosen(weight=weight[:, :32], groups=2) == torch_alone
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen(weight=pointwise, padding=0, x=x.contiguous()) == (0, 0, 0)
+        assert chosen(weight=wide, stride=2) == (0, 0, 0)
+        assert chosen(x=x.bfloat16())[:2] == (4, 4)
+        assert chosen(x=x.double()) == (TORCH, TORCH, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_strict():
@@ -104,11 +134,30 @@ def test_strict():
     layer = ConvBNReLU2d(32, 32, 3, padding=1, accuracy="strict")
     fastseg._C.reset_kernel_counts()
     layer(x).sum().backward()
-    counts = fastseg._C.kernel_counts()
-    assert not any(count for name, count in counts.items() if "winograd" in name)
+    assert fastseg._C.kernel_counts()["conv_weight_gradient.direct"] == 1
     layer.accuracy = "best"
     with pytest.raises(ValueError, match='accuracy must be "default" or "strict", got \'best\''):
         layer(x)
+
+
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("tile", [0, 2, 4])
+def test_bfloat16(tile, layout):
+    """The engine's products are in float32: one rounding of the result."""
+    torch.manual_seed(0)
+    geometry = (ONE, ONE, ONE) if tile else ((2, 2), ONE, ONE)
+    x = torch.randn(2, 40, 21, 19).contiguous(memory_format=layout).bfloat16()
+    weight = (torch.randn(36, 40, 3, 3) / 19).bfloat16()
+    bias = torch.randn(36).bfloat16()
+    y, _ = train_conv(x, weight, bias, geometry, tile)
+    dy = torch.randn_like(y)
+    right = exact_conv(x, weight, bias, geometry, dy)
+    geometry = [list(pair) for pair in geometry]
+    grads = torch.ops.fastseg.train_conv_backward(dy, x, weight, *geometry, 1, tile, 0, True, True)
+    for got, exact in zip((y, *grads), right, strict=True):
+        assert got.dtype == torch.bfloat16
+        allowed = (torch.finfo(torch.bfloat16).eps / 2 + 1e-5) * exact.abs().max()
+        assert (got.double() - exact).abs().max() <= allowed
 
 
 PRODUCTS = [  # C, K, size, kernel, stride, padding, dilation
@@ -124,32 +173,43 @@ PRODUCTS = [  # C, K, size, kernel, stride, padding, dilation
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_matrix_product(shape, layout):
+def test_matrix_product(shape, layout, cpu_isa):
     C, K, size, kernel, *geometry = shape
     x = torch.randn(2, C, *size).contiguous(memory_format=layout)
     weight = torch.randn(K, C, *kernel) / (C * kernel[0] * kernel[1]) ** 0.5
-    inputs = [t.requires_grad_() for t in (x, weight, torch.randn(K))]
-    tile = training_tile(x, weight, *geometry, 1, "default")
-    assert tile == (0 if layout == LAST else None)
-    y = train_conv2d(*inputs, *geometry, 0)
-    double = [t.detach().double().requires_grad_() for t in inputs]
-    exact = torch.nn.functional.conv2d(*double, *geometry)
-    grad = torch.randn_like(y)
-    grads = torch.autograd.grad(y, inputs, grad)
-    exact_grads = torch.autograd.grad(exact, double, grad.double())
-    plain = torch.nn.functional.conv2d(*inputs, *geometry)
-    assert y.stride() == plain.stride()
-    for got, right in zip((y, *grads), (exact, *exact_grads), strict=True):
-        assert got.shape == right.shape
-        assert (got - right).abs().max() <= 2e-6 * right.abs().max()
+    bias = torch.randn(K)
+    plain = torch.nn.functional.conv2d(x, weight, bias, *geometry)
+    dy = torch.randn_like(plain)
+    right = exact_conv(x, weight, bias, geometry, dy)
+    for weight_layout in (LAST, torch.contiguous_format):
+        laid = weight.contiguous(memory_format=weight_layout)
+        y, gradients = train_conv(x, laid, bias, geometry, 0)
+        if laid.stride() == weight.stride():
+            assert y.stride() == plain.stride()
+        for got, exact in zip((y, *gradients(dy)), right, strict=True):
+            assert got.shape == exact.shape
+            assert (got - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("tile", [TORCH, 0, 4])
+def test_empty(tile):
+    x, weight = torch.randn(0, 3, 5, 6), torch.randn(4, 3, 3, 3)
+    y, gradients = train_conv(x, weight, None, (ONE, ONE, ONE), tile)
+    assert y.shape == (0, 4, 5, 6)
+    for grad, of in zip(gradients(y), (x, weight), strict=True):
+        assert torch.equal(grad, torch.zeros_like(of))
 
 
 def test_some_gradients():
     x, weight, options = case(1, 32, 33, 32, 32, (1, 1), (1, 1))
-    y = train_conv2d(x, weight.requires_grad_(), None, ONE, *options.values(), 4)
-    y.sum().backward()
+    norm = (None,) * 4
+    z = conv_bn_act(x, weight.requires_grad_(), None, *norm, training=True, **options)
+    z.square().sum().backward()
     assert weight.grad is not None
     assert x.grad is None
+    z = conv_bn_act(x.requires_grad_(), weight.detach(), None, *norm, training=True, **options)
+    z.square().sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -163,12 +223,14 @@ def test_some_gradients():
     ],
     ids=str,
 )
-def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads):
+def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads, monkeypatch):
     """Of everything that a step of a layer computes."""
+    monkeypatch.setattr("fastseg.nn.conv_bn.SMALLEST_FUSED", 0)
     layer = ConvBNReLU2d(40, 36, kernel, stride=stride, padding=kernel // 2, bias=True)
     x = torch.randn(2, 40, 33, 32).contiguous(memory_format=layout).requires_grad_()
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
-    assert training_tile(x, layer.conv.weight, *geometry, 1, "default") == tile
+    kernels = training_kernels(x, layer.conv.weight, *geometry, 1, "default")
+    assert kernels.forward == tile
     residual = torch.randn_like(layer(x)).requires_grad_()
     inputs = [x, residual, *layer.parameters()]
     results = []
@@ -184,16 +246,32 @@ def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads):
 
 def test_operator_registration():
     x, weight, _ = case(1, 32, 9, 8, 33, (1, 1), (1, 1))
-    inputs = [t.requires_grad_() for t in (x, weight, torch.randn(33))]
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (*inputs, [1, 1], [1, 1], [1, 1], 4)
-    opcheck(torch.ops.fastseg.train_conv.default, arguments, test_utils=tests)
-    strided = (torch.randn(1, 33, 5, 4), *inputs[:2], [2, 2], [1, 1], [1, 1], 0)
-    gradient = torch.ops.fastseg.train_conv_input_gradient.default
-    opcheck(gradient, strided, test_utils=("test_schema", "test_faketensor"))
-    y = torch.randn(2, 33, 5, 6).contiguous(memory_format=LAST).requires_grad_()
-    scale = torch.randn(33, requires_grad=True)
-    opcheck(torch.ops.fastseg.bn_act_stats.default, (y, scale, None, None, 1e-5, 0.0))
+    tests = ("test_schema", "test_faketensor")
+    for layout in (LAST, torch.contiguous_format):
+        x = x.contiguous(memory_format=layout)
+        for tile in (TORCH, 0, 4):
+            geometry = ([1, 1], [1, 1], [1, 1], 1)
+            arguments = (x, weight, torch.randn(33), *geometry, tile)
+            opcheck(torch.ops.fastseg.train_conv.default, arguments, test_utils=tests)
+            tiles = (tile, tile, True, tile != 0)
+            arguments = (torch.randn(1, 33, 9, 8), x, weight, *geometry, *tiles)
+            opcheck(torch.ops.fastseg.train_conv_backward.default, arguments, test_utils=tests)
+    y, scale = torch.randn(2, 33, 5, 6).contiguous(memory_format=LAST), torch.randn(33)
+    statistics = torch.ops.fastseg.bn_act_stats.default
+    opcheck(statistics, (y, scale, None, None, 1e-5, 0.0), test_utils=tests)
+
+
+def test_errors():
+    x, weight, options = case(*CASES[0])
+    with pytest.raises(ValueError, match=r"tile must be -1 \(torch\), 0, 2 or 4, got 6"):
+        train_conv(x, weight, None, (ONE, *options.values()), 6)
+    with pytest.raises(ValueError, match="Winograd needs a 3x3 kernel, stride 1"):
+        train_conv(x, weight, None, ((2, 2), *options.values()), 4)
+    with pytest.raises(ValueError, match="the engine takes x"):
+        train_conv(x.double(), weight.double(), None, (ONE, *options.values()), 0)
+    _, gradients = train_conv(x, weight, None, (ONE, *options.values()), 4)
+    with pytest.raises(ValueError, match="dy must have the output's size, 33 along axis 2, got 9"):
+        gradients(torch.randn(2, 48, 9, 31))
 
 
 def test_compiles():
