@@ -32,5 +32,16 @@ Image<T> output_image(const Tensor& t, const char* name) {
   return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
 }
 
+// From this size on outputs are written past the caches: nobody would find them there anyway.
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+
+// Whether an output is, given that its pixels are whole lines.
+template <typename T>
+bool is_streamed(const Tensor& out, const Image<T>& y) {
+  return out.numel() * int64_t{sizeof(T)} >= kStreamBytes && y.pixel % kLine<T> == 0 &&
+         y.row % kLine<T> == 0 && y.batch % kLine<T> == 0 &&
+         reinterpret_cast<uintptr_t>(y.data) % 64 == 0;
+}
+
 }  // namespace conv_engine
 }  // namespace fastseg
