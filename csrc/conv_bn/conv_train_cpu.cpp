@@ -113,7 +113,7 @@ void run(Conv& conv, const Weights& weights, const float* bias, int64_t tile, bo
   pack_weights(weights, bias, tile, packed.data());
   conv.weight = packed.data();
   conv.bias = packed.data() + floats - round_up(conv.K, kPanel);
-  conv.stream = streams(conv);
+  conv.stream = is_streamed(conv.pixels() * conv.K, conv.y);
   if (tile != 0) {
     FASTSEG_COUNT("conv_train.winograd");
     run_winograd(conv, tile);

@@ -4,14 +4,17 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <optional>
 #include <type_traits>
 
 #include "common/check.h"
 #include "common/counters.h"
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/few_channels.h"
+#include "conv_engine/groups.h"
 #include "conv_engine/images.h"
 #include "conv_engine/run.h"
 #include "conv_engine/tiles.h"
@@ -25,7 +28,7 @@ struct Options {
   int64_t R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation;
   double slope;
   bool residual_last;
-  int64_t strassen;
+  int64_t strassen, groups;
 };
 
 // The poolings around a convolution, see conv_pool.inl: codes of x and the size that was pooled,
@@ -71,9 +74,9 @@ bool windows_fit(int64_t windows, int64_t size) {
 }
 
 template <class Conv>
-void set_poolings(Conv& conv, const Tensor& x, const Poolings& p, int64_t tile) {
+void set_poolings(Conv& conv, const Tensor& x, int64_t outputs, const Poolings& p, int64_t tile) {
   using T = typename Conv::Storage;
-  const bool winograd = tile != 0 && tile != kLineTile && tile != kDepthwiseTile;
+  const bool winograd = tile != 0 && tile != kLineTile && tile != kGroupedTile;
   if (p.x_codes) {
     FASTSEG_CHECK(winograd, "conv_engine: only square Winograd tiles unpool, got tile ", tile);
     const Image<uint8_t> codes = code_image(*p.x_codes, x);
@@ -90,11 +93,48 @@ void set_poolings(Conv& conv, const Tensor& x, const Poolings& p, int64_t tile) 
     FASTSEG_CHECK(!p.x_codes, "conv_engine: cannot unpool and pool at once");
     conv.pooled = output_image<T>(*p.pooled, "pooled");
     conv.Hp = p.pooled->size(2), conv.Wp = p.pooled->size(3);
-    FASTSEG_CHECK(p.pooled->size(0) == conv.N && p.pooled->size(1) == conv.K &&
+    FASTSEG_CHECK(p.pooled->size(0) == conv.N && p.pooled->size(1) == outputs &&
                       windows_fit(conv.Hp, conv.Ho) && windows_fit(conv.Wp, conv.Wo),
                   "conv_engine: pooled does not have the size of the pooled output");
     if (p.codes) conv.codes = code_image(*p.codes, *p.pooled);
   }
+}
+
+// A convolution of one group.
+template <class Conv>
+void run_one(const Conv& conv, int64_t tile) {
+  constexpr bool kFloat = std::is_same_v<typename Conv::Operand, float>;
+  if (tile == 0 && has_few_channels(conv)) {
+    FASTSEG_COUNT("conv_engine.few_channels");
+    if constexpr (kFloat) run_few_channels(conv);
+  } else if (tile == 0) {
+    run_gemm(conv);
+  } else if (tile == kLineTile) {
+    FASTSEG_COUNT("conv_engine.winograd_1d");
+    if constexpr (kFloat) run_winograd_1d(conv);
+  } else {
+    FASTSEG_COUNT("conv_engine.winograd");
+    run_winograd(conv, tile);
+  }
+}
+
+struct GroupImage;  // names the scratch memory of a copy
+
+// The image with its channels side by side. Where pixels lie 4 KB apart, those that a register tile
+// multiplies at a time share a set of L1, which cannot hold them.
+template <class Conv>
+Image<const typename Conv::Storage> dense_image(const Conv& conv) {
+  using T = typename Conv::Storage;
+  T* const copy = scratch<GroupImage, T>(conv.N * conv.H * conv.W * conv.C);
+  T* to = copy;
+  for (int64_t n = 0; n < conv.N; ++n) {
+    for (int64_t y = 0; y < conv.H; ++y) {
+      for (int64_t x = 0; x < conv.W; ++x, to += conv.C) {
+        std::memcpy(to, conv.x.at(n, y, x), conv.C * sizeof(T));
+      }
+    }
+  }
+  return {copy, conv.H * conv.W * conv.C, conv.W * conv.C, conv.C};
 }
 
 template <class Conv>
@@ -126,10 +166,14 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
             const Poolings& poolings, const Summand& summand) {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
-  Conv conv{};
+  InGroups<Conv> conv{};
   conv.x = input_image<T>(x, "x");
-  conv.N = x.size(0), conv.C = x.size(1), conv.H = x.size(2), conv.W = x.size(3);
-  conv.K = out_channels;
+  FASTSEG_CHECK(o.groups >= 1 && x.size(1) % o.groups == 0,
+                "conv_engine: groups must divide the channels, got ", o.groups, " and ", x.size(1));
+  check_groups(o.groups, out_channels, x.size(1) / o.groups, o.tile);
+  conv.groups = o.groups;
+  conv.N = x.size(0), conv.C = x.size(1) / o.groups, conv.H = x.size(2), conv.W = x.size(3);
+  conv.K = out_channels / o.groups;
   if (poolings.x_codes) conv.H = poolings.H, conv.W = poolings.W;
   conv.Ho = output_size(conv.H, o.R, o.stride_h, o.pad_h, o.dilation_h);
   conv.Wo = output_size(conv.W, o.S, o.stride_w, o.pad_w, o.dilation_w);
@@ -137,30 +181,27 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.stride_h = o.stride_h, conv.stride_w = o.stride_w;
   conv.pad_h = o.pad_h, conv.pad_w = o.pad_w;
   conv.dilation_h = o.dilation_h, conv.dilation_w = o.dilation_w;
-  set_poolings(conv, x, poolings, o.tile);
+  set_poolings(conv, x, out_channels, poolings, o.tile);
   set_summand(conv, summand, o);
   FASTSEG_CHECK(out || conv.pooled.data || conv.pixels() == 0, "conv_engine: nothing to write to");
   if (out) {
     conv.y = output_image<T>(*out, "out");
-    FASTSEG_CHECK(out->size(0) == conv.N && out->size(1) == conv.K && out->size(2) == conv.Ho &&
-                      out->size(3) == conv.Wo,
+    FASTSEG_CHECK(out->size(0) == conv.N && out->size(1) == out_channels &&
+                      out->size(2) == conv.Ho && out->size(3) == conv.Wo,
                   "conv_engine: out does not have the size of this convolution's output");
   }
   if (residual) {
     conv.residual = input_image<T>(*residual, "residual");
-    FASTSEG_CHECK(residual->size(0) == conv.N && residual->size(1) == conv.K &&
+    FASTSEG_CHECK(residual->size(0) == conv.N && residual->size(1) == out_channels &&
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
   check_tile<E>(o.tile, conv.K, conv.C + conv.C2, o.R, o.S, o.strassen);
   FASTSEG_CHECK(!o.strassen || (o.pad_h == 0 && o.pad_w == 0),
                 "conv_engine: strassen needs padding 0, got ", o.pad_h, " and ", o.pad_w);
-  FASTSEG_CHECK(o.tile != kDepthwiseTile || conv.K == conv.C,
-                "conv_engine: depthwise convolutions have as many outputs as channels, got ",
-                conv.K, " and ", conv.C);
   FASTSEG_CHECK(o.activation >= 0 && o.activation < kActivations,
                 "conv_engine: activation must be in [0, ", kActivations, "), got ", o.activation);
-  FASTSEG_CHECK(o.tile == 0 || o.tile == kDepthwiseTile || (o.stride_h == 1 && o.stride_w == 1),
+  FASTSEG_CHECK(o.tile == 0 || o.tile == kGroupedTile || (o.stride_h == 1 && o.stride_w == 1),
                 "conv_engine: Winograd tiles need stride 1, got ", o.stride_h, " and ", o.stride_w);
   FASTSEG_CHECK(o.tile != kLineTile ||
                     (o.dilation_h == 1 && o.dilation_w == 1 && (o.S == 1 ? o.pad_w : o.pad_h) == 0),
@@ -172,34 +213,38 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                 "conv_engine: bordered tiles need padding == dilation and sub-grids of at most ",
                 most, " pixels, got ", conv.H, "x", conv.W, " at dilation ", o.dilation_h, "x",
                 o.dilation_w);
-  const int64_t size = packed_size<E>(conv.K, conv.C + conv.C2, o.R * o.S, o.tile, o.strassen);
-  FASTSEG_CHECK(
-      packed.is_contiguous() && packed.numel() == size + round_up(conv.K, kPanel) * kPerWord<E>,
-      "conv_engine: weights were packed for another convolution");
+  FASTSEG_CHECK(!summand.x || o.groups == 1, "conv_engine: a summand needs one group");
+  const PackedGroups<E> layout(o.groups, out_channels, conv.C + conv.C2, o.R * o.S, o.tile,
+                               o.strassen);
+  FASTSEG_CHECK(packed.is_contiguous() && packed.numel() == layout.parts * layout.size,
+                "conv_engine: weights were packed for another convolution");
   if (conv.pixels() == 0 || conv.K == 0) return;
   conv.weight = packed.const_data_ptr<E>();
-  conv.bias = reinterpret_cast<const float*>(conv.weight + size);
+  conv.bias = reinterpret_cast<const float*>(conv.weight + layout.bias);
   conv.activation = static_cast<Activation>(o.activation);
   conv.slope = static_cast<float>(o.slope);
   conv.residual_last = o.residual_last && residual;
   conv.strassen = o.strassen;
   // A residual that is overwritten has just been read.
   const bool in_place = residual && conv.residual.data == conv.y.data;
-  conv.stream = !in_place && streams(conv);
-  if (o.tile == 0 && has_few_channels(conv)) {
-    FASTSEG_COUNT("conv_engine.few_channels");
-    if constexpr (std::is_same_v<E, float>) run_few_channels(conv);
-  } else if (o.tile == 0) {
-    run_gemm(conv);
-  } else if (o.tile == kDepthwiseTile) {
-    FASTSEG_COUNT("conv_engine.depthwise");
-    if constexpr (std::is_same_v<E, float>) run_depthwise(conv);
-  } else if (o.tile == kLineTile) {
-    FASTSEG_COUNT("conv_engine.winograd_1d");
-    if constexpr (std::is_same_v<E, float>) run_winograd_1d(conv);
+  conv.stream = out && !in_place && (o.groups == 1 || conv.K % kLine<T> == 0) &&
+                is_streamed(out->numel(), conv.y);
+  if (o.tile == kGroupedTile) {
+    FASTSEG_COUNT("conv_engine.grouped");
+    if constexpr (std::is_same_v<E, float>) run_grouped(conv);
+  } else if (o.groups == 1) {
+    run_one<Conv>(conv, o.tile);
   } else {
-    FASTSEG_COUNT("conv_engine.winograd");
-    run_winograd(conv, o.tile);
+    const auto run_group = [&](int64_t g) {
+      Conv one = conv.group(g, layout.size);
+      if (o.tile == 0 && o.R * o.S > 1) one.x = dense_image(one);
+      run_one(one, o.tile);
+    };
+    if (o.groups >= 2 * torch::stable::get_num_threads()) {
+      parallel_tasks(o.groups, run_group);
+    } else {
+      for (int64_t g = 0; g < o.groups; ++g) run_group(g);
+    }
   }
 }
 
@@ -225,7 +270,7 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
                        int64_t out_channels, int64_t R, int64_t S, int64_t stride_h,
                        int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                        int64_t dilation_w, int64_t tile, int64_t activation, double slope,
-                       bool residual_last, int64_t strassen) {
+                       bool residual_last, int64_t strassen, int64_t groups) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
@@ -233,7 +278,7 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen});
+       residual_last, strassen, groups});
   return out;
 }
 
@@ -241,11 +286,11 @@ void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<
                      const Tensor& out, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
                      int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w,
                      int64_t tile, int64_t activation, double slope, bool residual_last,
-                     int64_t strassen) {
+                     int64_t strassen, int64_t groups) {
   FASTSEG_CHECK(x.dim() == 4 && out.dim() == 4, "conv_engine: x and out must be (N, C, H, W)");
   run(x, packed, residual, out, out.size(1),
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen});
+       residual_last, strassen, groups});
 }
 
 void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int64_t H, int64_t W,
@@ -254,11 +299,11 @@ void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int
                       const std::optional<Tensor>& codes, int64_t out_channels, int64_t R,
                       int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                       int64_t dilation_h, int64_t dilation_w, int64_t tile, int64_t activation,
-                      double slope, bool residual_last, int64_t strassen) {
+                      double slope, bool residual_last, int64_t strassen, int64_t groups) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen},
+       residual_last, strassen, groups},
       {x_codes, H, W, pooled, codes});
 }
 
@@ -272,7 +317,7 @@ void conv_engine_sum(const Tensor& x, const Tensor& summand, int64_t summand_str
   FASTSEG_COUNT("conv_engine.sum");
   run(x, packed, {}, out, out.size(1),
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen},
+       residual_last, strassen, 1},
       {}, {summand, summand_stride_h, summand_stride_w});
 }
 
@@ -283,11 +328,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> Tensor");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
+      "groups=1) -> Tensor");
   m.def(
       "conv_engine_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
+      "groups=1) -> ()");
   m.def(
       "conv_engine_sum(Tensor x, Tensor other, int other_stride_h, int other_stride_w, "
       "Tensor packed, Tensor(a!) out, int R, int S, int stride_h, int stride_w, int pad_h, "
@@ -297,7 +344,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "conv_engine_pool(Tensor x, Tensor? x_codes, int H, int W, Tensor packed, Tensor? residual, "
       "Tensor(a!)? out, Tensor(b!)? pooled, Tensor(c!)? codes, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
-      "int tile, int activation, float slope, bool residual_last=False, int strassen=0) -> ()");
+      "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
+      "groups=1) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_engine_sum", TORCH_BOX(&conv_engine::conv_engine_sum));

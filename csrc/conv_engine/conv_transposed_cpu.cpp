@@ -1,12 +1,15 @@
 // Transposed convolutions: the output pixels whose rows and columns leave the same remainders by
 // the stride, a phase, are an ordinary convolution of stride 1 by every stride-th tap. Each phase
-// is a matrix product (gemm_conv.inl) that writes to its own pixels.
+// is a matrix product (gemm_conv.inl) that writes to its own pixels. Neighbouring columns of phases
+// that read the same pixels may be packed as one, whose outputs are those pixels side by side: 21
+// channels fill two thirds of a panel, four times 21 almost three panels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "common/check.h"
 #include "common/counters.h"
@@ -35,7 +38,7 @@ Phase phase(int64_t a, int64_t kernel, int64_t stride, int64_t pad, int64_t out)
 struct Options {
   int64_t R, S, stride_h, stride_w, pad_h, pad_w, activation;
   double slope;
-  bool residual_last;
+  bool residual_last, joined;  // columns of phases, where they read the same
 };
 
 template <class Conv>
@@ -64,46 +67,49 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.activation = static_cast<Activation>(o.activation);
   conv.slope = static_cast<float>(o.slope);
   conv.residual_last = o.residual_last && residual;
-  int64_t size = 0;
-  const auto for_each_phase = [&](const auto& fn) {
-    const E* weight = packed.const_data_ptr<E>();
-    for (int64_t a = 0; a < o.stride_h; ++a) {
-      for (int64_t b = 0; b < o.stride_w; ++b) {
-        const Phase rows = phase(a, o.R, o.stride_h, o.pad_h, out.size(2));
-        const Phase columns = phase(b, o.S, o.stride_w, o.pad_w, out.size(3));
-        const int64_t weights = packed_size<E>(conv.K, conv.C, rows.taps * columns.taps, 0, 0);
-        fn(a, b, rows, columns, weight, weight + weights);
-        weight += weights + round_up(conv.K, kPanel) * kPerWord<E>;
+  conv.stream = is_streamed(out.numel(), y) && !(residual && added.data == y.data);
+  FASTSEG_CHECK(!o.joined || (out.size(3) % o.stride_w == 0 && y.pixel == conv.K &&
+                              (!residual || added.pixel == conv.K)),
+                "conv_transposed: joined phases need as many outputs each and pixels side by side");
+  std::vector<Conv> phases;
+  const E* weight = packed.const_data_ptr<E>();
+  for (int64_t a = 0; a < o.stride_h; ++a) {
+    const Phase rows = phase(a, o.R, o.stride_h, o.pad_h, out.size(2));
+    for (int64_t b = 0, run; b < o.stride_w; b += run) {
+      const Phase columns = phase(b, o.S, o.stride_w, o.pad_w, out.size(3));
+      for (run = 1; o.joined && b + run < o.stride_w; ++run) {
+        const Phase next = phase(b + run, o.S, o.stride_w, o.pad_w, out.size(3));
+        if (next.taps != columns.taps || next.offset != columns.offset) break;
       }
+      Conv one = conv;
+      one.K = run * conv.K;
+      one.R = rows.taps, one.S = columns.taps;
+      one.pad_h = -rows.offset, one.pad_w = -columns.offset;
+      one.Ho = std::max<int64_t>(rows.outputs, 0), one.Wo = std::max<int64_t>(columns.outputs, 0);
+      one.weight = weight;
+      weight += packed_size<E>(one.K, one.C, one.R * one.S, 0, 0);
+      one.bias = reinterpret_cast<const float*>(weight);
+      weight += round_up(one.K, kPanel) * kPerWord<E>;
+      one.y = {y.at(0, a, b), y.batch, o.stride_h * y.row, o.stride_w * y.pixel};
+      if (residual) {
+        one.residual = {added.at(0, a, b), added.batch, o.stride_h * added.row,
+                        o.stride_w * added.pixel};
+      }
+      phases.push_back(one);
     }
-    size = weight - packed.const_data_ptr<E>();
-  };
-  for_each_phase([](auto...) {});
-  FASTSEG_CHECK(packed.is_contiguous() && packed.numel() == size,
+  }
+  FASTSEG_CHECK(packed.is_contiguous() && packed.numel() == weight - packed.const_data_ptr<E>(),
                 "conv_transposed: weights were packed for another convolution");
-  for_each_phase(
-      [&](int64_t a, int64_t b, Phase rows, Phase columns, const E* weight, const E* bias) {
-        conv.R = rows.taps, conv.S = columns.taps;
-        conv.pad_h = -rows.offset, conv.pad_w = -columns.offset;
-        conv.Ho = rows.outputs, conv.Wo = columns.outputs;
-        if (conv.Ho <= 0 || conv.Wo <= 0 || conv.pixels() == 0 || conv.K == 0) return;
-        conv.weight = weight;
-        conv.bias = reinterpret_cast<const float*>(bias);
-        conv.y = {y.at(0, a, b), y.batch, o.stride_h * y.row, o.stride_w * y.pixel};
-        if (residual) {
-          conv.residual = {added.at(0, a, b), added.batch, o.stride_h * added.row,
-                           o.stride_w * added.pixel};
-        }
-        run_gemm(conv);
-      });
+  if (conv.N > 0 && conv.K > 0) run_gemms(phases);
 }
 
 void conv_transposed_out(const Tensor& x, const Tensor& packed,
                          const std::optional<Tensor>& residual, const Tensor& out, int64_t R,
                          int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h,
-                         int64_t pad_w, int64_t activation, double slope, bool residual_last) {
+                         int64_t pad_w, int64_t activation, double slope, bool residual_last,
+                         bool joined) {
   FASTSEG_CHECK(x.dim() == 4 && out.dim() == 4, "conv_transposed: x and out must be images");
-  const Options o{R, S, stride_h, stride_w, pad_h, pad_w, activation, slope, residual_last};
+  const Options o{R, S, stride_h, stride_w, pad_h, pad_w, activation, slope, residual_last, joined};
   FASTSEG_COUNT("conv_engine.transposed");
   if (packed.scalar_type() == ScalarType::BFloat16) {
     run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, o);
@@ -121,7 +127,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_transposed_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, "
       "int S, int stride_h, int stride_w, int pad_h, int pad_w, int activation, float slope, "
-      "bool residual_last=False) -> ()");
+      "bool residual_last=False, bool joined=False) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_transposed_out", TORCH_BOX(&conv_engine::conv_transposed_out));

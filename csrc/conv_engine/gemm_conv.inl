@@ -96,13 +96,14 @@ struct GemmKernel {
     PixelAddress<T> pixels[kRows];
   };
 
-  static GemmForm form(const Conv& conv) {
+  // lines: blocks shall not reach over the end of a line.
+  static GemmForm form(const Conv& conv, bool lines) {
     constexpr bool kSame = std::is_same_v<T, E>;
     GemmForm form{};
     const bool dense = conv.x.pixel == conv.C || !kSame;
     form.taps = conv.dilation_w == 1 && dense ? conv.S : 1;
     const bool whole = form.taps * conv.C % kRunStep<E> == 0;
-    if (kSame && whole && conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W) {
+    if (!lines && kSame && whole && conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W) {
       form.rows = GemmForm::kFlat;
       form.blocks = ceil_div(conv.pixels(), kRows);
     } else if (whole && 2 * conv.Wo > kRows) {

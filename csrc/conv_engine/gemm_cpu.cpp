@@ -40,7 +40,7 @@ template <class Conv>
 void run_blocks(const Conv& conv) {
   using E = typename Conv::Operand;
   const int64_t threads = torch::stable::get_num_threads();
-  GemmForm form = FASTSEG_CONV_CALL(GemmKernel<Conv>::form)(conv);
+  GemmForm form = FASTSEG_CONV_CALL(GemmKernel<Conv>::form)(conv, false);
   const int64_t block_bytes = FASTSEG_CONV_CALL(GemmKernel<Conv>::block_bytes)();
   const int64_t columns = conv.panels() * kPanel;
   const int64_t products = ceil_div(conv.pixels(), form.blocks) * conv.depth();  // per column
@@ -62,6 +62,46 @@ void run_blocks(const Conv& conv) {
            part_begin(conv.panels(), panel_parts, panel_part + 1),
            scratch<TaskBuffer, E>(kept * form.copy), scratch<TaskBuffer, char>(kept * block_bytes));
   });
+}
+
+// A line of each convolution in turn: all but the first find the image in L1 or L2, and where their
+// pixels lie between each other's, these are written in one go. Whether they can be.
+template <class Conv>
+bool run_lines(const std::vector<Conv>& convs) {
+  using E = typename Conv::Operand;
+  std::vector<GemmForm> forms;
+  int64_t weights = 0, products = 0, copy = 0, most_lines = 0;  // products of a line
+  for (const Conv& conv : convs) {
+    const GemmForm form = FASTSEG_CONV_CALL(GemmKernel<Conv>::form)(conv, true);
+    if (form.rows != GemmForm::kLines) return false;
+    forms.push_back(form);
+    weights += conv.panels() * kPanel * conv.depth();
+    products += conv.Wo * conv.panels() * kPanel * conv.depth();
+    copy = std::max(copy, form.copy);
+    most_lines = std::max(most_lines, conv.Ho);
+  }
+  if (weights * int64_t{sizeof(E)} > l2_bytes() / 2) return false;
+  const int64_t lines = convs[0].N * most_lines, threads = torch::stable::get_num_threads();
+  const int64_t tasks =
+      ceil_div(lines, std::max<int64_t>(kTaskProducts / std::max<int64_t>(products, 1), 1));
+  const int64_t parts = std::min(lines, round_up(tasks, threads));
+  const int64_t block_bytes = FASTSEG_CONV_CALL(GemmKernel<Conv>::block_bytes)();
+  const auto kernel = FASTSEG_CONV_CALL(GemmKernel<Conv>::run);
+  parallel_tasks(parts, [&](int64_t part) {
+    E* copies = scratch<TaskBuffer, E>(2 * copy);
+    char* blocks = scratch<TaskBuffer, char>(2 * block_bytes);
+    const int64_t end = part_begin(lines, parts, part + 1);
+    for (int64_t line = part_begin(lines, parts, part); line < end; ++line) {
+      const int64_t n = line / most_lines, y = line % most_lines;
+      for (size_t i = 0; i < convs.size(); ++i) {
+        if (y >= convs[i].Ho) continue;
+        const int64_t begin = (n * convs[i].Ho + y) * forms[i].line_blocks;
+        kernel(convs[i], forms[i], begin, begin + forms[i].line_blocks, 0, convs[i].panels(),
+               copies, blocks);
+      }
+    }
+  });
+  return true;
 }
 
 // The pixels and the operands made of them take a quarter of L2, but the weights, which every task
@@ -133,9 +173,23 @@ void run_gemm(const Conv& conv) {
   }
 }
 
+template <class Conv>
+void run_gemms(const std::vector<Conv>& convs) {
+  std::vector<Conv> some;
+  for (const Conv& conv : convs) {
+    if (conv.pixels() > 0) some.push_back(conv);
+  }
+  if (some.empty()) return;
+  if (some.size() > 1 && !is_narrow(some[0]) && run_lines(some)) return;
+  for (const Conv& conv : some) run_gemm(conv);
+}
+
 template void run_gemm(const Convolution<float, float>&);
 template void run_gemm(const Convolution<BFloat16, float>&);
 template void run_gemm(const Convolution<BFloat16, BFloat16>&);
+template void run_gemms(const std::vector<Convolution<float, float>>&);
+template void run_gemms(const std::vector<Convolution<BFloat16, float>>&);
+template void run_gemms(const std::vector<Convolution<BFloat16, BFloat16>>&);
 
 }  // namespace conv_engine
 }  // namespace fastseg

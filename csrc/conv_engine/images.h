@@ -10,18 +10,6 @@
 namespace fastseg {
 namespace conv_engine {
 
-// From this size on outputs are written past the caches: nobody would find them there anyway.
-constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
-
-// Whether y is to be written past the caches, and can be.
-template <class Conv>
-bool streams(const Conv& conv) {
-  using T = typename Conv::Storage;
-  return conv.pixels() * conv.K * int64_t{sizeof(T)} >= kStreamBytes &&
-         conv.y.pixel % kLine<T> == 0 && conv.y.row % kLine<T> == 0 &&
-         conv.y.batch % kLine<T> == 0 && reinterpret_cast<uintptr_t>(conv.y.data) % 64 == 0;
-}
-
 template <typename T>
 void check_image(const Tensor& t, const char* name) {
   constexpr bool kFloat = std::is_same_v<T, float>;
@@ -42,6 +30,17 @@ template <typename T>
 Image<T> output_image(const Tensor& t, const char* name) {
   check_image<T>(t, name);
   return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(2), t.stride(3)};
+}
+
+// From this size on outputs are written past the caches: nobody would find them there anyway.
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+
+// Whether an output of so many elements is, given that its pixels are whole lines.
+template <typename T>
+bool is_streamed(int64_t elements, const Image<T>& y) {
+  return elements * int64_t{sizeof(T)} >= kStreamBytes && y.pixel % kLine<T> == 0 &&
+         y.row % kLine<T> == 0 && y.batch % kLine<T> == 0 &&
+         reinterpret_cast<uintptr_t>(y.data) % 64 == 0;
 }
 
 }  // namespace conv_engine

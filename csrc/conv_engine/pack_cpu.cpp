@@ -16,6 +16,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/groups.h"
 #include "conv_engine/pack.h"
 #include "conv_engine/strassen.h"
 #include "conv_engine/tiles.h"
@@ -93,10 +94,11 @@ void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
   });
 }
 
-// weight (K, 1, R, S) -> [tap][K], whole panels.
-void pack_depthwise(const float* weight, int64_t K, int64_t taps, float* packed) {
-  for (int64_t tap = 0; tap < taps; ++tap, packed += round_up(K, kPanel)) {
-    for (int64_t k = 0; k < K; ++k) packed[k] = weight[k * taps + tap];
+// weight (K, C, R, S), K the outputs of all groups -> [tap][C][K], whole panels.
+void pack_grouped(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
+  for (int64_t i = 0; i < taps * C; ++i, packed += round_up(K, kPanel)) {
+    const int64_t tap = i / C, c = i % C;
+    for (int64_t k = 0; k < K; ++k) packed[k] = weight[(k * C + c) * taps + tap];
     std::fill(packed + K, packed + round_up(K, kPanel), 0.0f);
   }
 }
@@ -106,57 +108,72 @@ void pack_bias(const float* bias, int64_t K, float* packed) {
   std::fill(packed + (bias != nullptr ? K : 0), packed + round_up(K, kPanel), 0.0f);
 }
 
-// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: weights, then the bias,
-// which is float32 in any case.
+// Whether weights are read by their strides, as pack_weight does for most forms.
 template <typename E>
-Tensor pack(const Tensor& any, const std::optional<Tensor>& bias, int64_t tile, int64_t strassen) {
+bool reads_strides(int64_t tile, int64_t strassen) {
+  return std::is_same_v<E, float> && !strassen && tile != kGroupedTile && tile != kLineTile;
+}
+
+template <typename E>
+void pack_weight(const Weights& weights, int64_t tile, int64_t strassen, E* packed) {
+  const int64_t K = weights.K, C = weights.C, taps = weights.taps();
+  if (strassen) {
+    if constexpr (std::is_same_v<E, float>) pack_strassen(weights.data, K, C, packed);
+  } else if (tile == 0) {
+    pack_gemm(weights, packed);
+  } else if (tile == kGroupedTile) {
+    if constexpr (std::is_same_v<E, float>) pack_grouped(weights.data, K, C, taps, packed);
+  } else if (tile == kLineTile) {
+    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(weights.data, K, C, taps, packed);
+  } else {
+    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, packed); });
+  }
+}
+
+// weight (K, C, R, S), bias (K) -> the engine's own form, one flat tensor: for each group, or with
+// kGroupedTile for all at once, weights and then the bias, which is float32 in any case.
+template <typename E>
+Tensor pack(const Tensor& any, const std::optional<Tensor>& bias, int64_t tile, int64_t strassen,
+            int64_t groups) {
   FASTSEG_CHECK(any.dim() == 4 && any.scalar_type() == ScalarType::Float,
                 "conv_engine_pack: weight must be a float32 tensor (K, C, R, S)");
-  const bool strided =
-      std::is_same_v<E, float> && !strassen && tile != kDepthwiseTile && tile != kLineTile;
-  const Tensor weight = strided ? any : torch::stable::contiguous(any);
-  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  check_tile<E>(tile, K, C, weight.size(2), weight.size(3), strassen);
-  FASTSEG_CHECK(tile != kDepthwiseTile || C == 1,
-                "conv_engine_pack: depthwise weights have one channel, got ", C);
-  FASTSEG_CHECK(!bias || (bias->numel() == K && bias->is_contiguous() &&
+  const Tensor weight = reads_strides<E>(tile, strassen) ? any : torch::stable::contiguous(any);
+  const int64_t outputs = weight.size(0), C = weight.size(1);
+  const int64_t taps = weight.size(2) * weight.size(3);
+  check_groups(groups, outputs, C, tile);
+  check_tile<E>(tile, outputs / groups, C, weight.size(2), weight.size(3), strassen);
+  FASTSEG_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),
-                "conv_engine_pack: bias must be a contiguous float32 tensor of ", K, " elements");
-  const int64_t size = packed_size<E>(K, C, taps, tile, strassen);
+                "conv_engine_pack: bias must be a contiguous float32 tensor of ", outputs,
+                " elements");
+  const PackedGroups<E> layout(groups, outputs, C, taps, tile, strassen);
+  const int64_t K = layout.outputs;
   const Tensor packed =
-      torch::stable::new_empty(weight, {size + round_up(K, kPanel) * kPerWord<E>},
+      torch::stable::new_empty(weight, {layout.parts * layout.size},
                                std::is_same_v<E, float> ? ScalarType::Float : ScalarType::BFloat16);
   E* dst = packed.mutable_data_ptr<E>();
-  const float* src = weight.const_data_ptr<float>();
-  const Weights weights{src,
-                        K,
-                        C,
-                        weight.size(2),
-                        weight.size(3),
-                        weight.stride(0),
-                        weight.stride(1),
-                        weight.stride(2),
-                        weight.stride(3)};
-  if (strassen) {
-    if constexpr (std::is_same_v<E, float>) pack_strassen(src, K, C, dst);
-  } else if (tile == 0) {
-    pack_gemm(weights, dst);
-  } else if (tile == kDepthwiseTile) {
-    if constexpr (std::is_same_v<E, float>) pack_depthwise(src, K, taps, dst);
-  } else if (tile == kLineTile) {
-    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(src, K, C, taps, dst);
-  } else {
-    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, dst); });
+  Weights weights{weight.const_data_ptr<float>(),
+                  K,
+                  C,
+                  weight.size(2),
+                  weight.size(3),
+                  weight.stride(0),
+                  weight.stride(1),
+                  weight.stride(2),
+                  weight.stride(3)};
+  for (int64_t i = 0; i < layout.parts; ++i, dst += layout.size) {
+    pack_weight(weights, tile, strassen, dst);
+    pack_bias(bias ? bias->const_data_ptr<float>() + i * K : nullptr, K,
+              reinterpret_cast<float*>(dst + layout.bias));
+    weights.data += K * weight.stride(0);
   }
-  pack_bias(bias ? bias->const_data_ptr<float>() : nullptr, K,
-            reinterpret_cast<float*>(dst + size));
   return packed;
 }
 
 Tensor conv_engine_pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t tile,
-                        bool bfloat16, int64_t strassen) {
-  return bfloat16 ? pack<BFloat16>(weight, bias, tile, strassen)
-                  : pack<float>(weight, bias, tile, strassen);
+                        bool bfloat16, int64_t strassen, int64_t groups) {
+  return bfloat16 ? pack<BFloat16>(weight, bias, tile, strassen, groups)
+                  : pack<float>(weight, bias, tile, strassen, groups);
 }
 
 }  // namespace
@@ -167,12 +184,7 @@ int64_t packed_floats(const Weights& weights, int64_t tile) {
 }
 
 void pack_weights(const Weights& weights, const float* bias, int64_t tile, float* packed) {
-  if (tile == 0) {
-    pack_gemm(weights, packed);
-  } else {
-    dispatch_tile<float>(tile,
-                         [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, packed); });
-  }
+  pack_weight(weights, tile, 0, packed);
   pack_bias(bias, weights.K, packed + packed_floats(weights, tile) - round_up(weights.K, kPanel));
 }
 
@@ -181,7 +193,7 @@ void pack_weights(const Weights& weights, const float* bias, int64_t tile, float
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
   m.def(
       "conv_engine_pack(Tensor weight, Tensor? bias, int tile, bool bfloat16=False, "
-      "int strassen=0) -> Tensor");
+      "int strassen=0, int groups=1) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("conv_engine_pack", TORCH_BOX(&conv_engine::conv_engine_pack));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "common/isa.h"
 #include "conv_engine/conv_engine.h"
@@ -29,16 +30,16 @@
 namespace fastseg {
 namespace conv_engine {
 
-// Instantiated for the three kinds of Convolution, winograd_1d and depthwise for float32
-// products alone.
+// Instantiated for the three kinds of Convolution, winograd_1d for float32 products alone.
 template <class Conv>
 void run_gemm(const Conv& conv);
+// Matrix products of one image whose results none of them reads, each as run_gemm does it.
+template <class Conv>
+void run_gemms(const std::vector<Conv>& convs);
 template <class Conv>
 void run_winograd(const Conv& conv, int64_t tile);
 template <class Conv>
 void run_winograd_1d(const Conv& conv);
-template <class Conv>
-void run_depthwise(const Conv& conv);
 
 }  // namespace conv_engine
 }  // namespace fastseg

@@ -14,8 +14,9 @@ namespace conv_engine {
 
 // The number of the one-dimensional form among the tiles.
 constexpr int64_t kLineTile = 5;
-// And that of the depthwise convolution, which has one channel of weights for each of the image's.
-constexpr int64_t kDepthwiseTile = 7;
+// And that of the kernels that have several groups side by side in the lanes of a vector
+// (grouped.inl); all others compute one group after the other.
+constexpr int64_t kGroupedTile = 7;
 
 // Calls fn with the pair of tiles of that number for operands E: the one list of square Winograd
 // kernels.
@@ -37,7 +38,7 @@ void dispatch_tile(int64_t tile, Fn&& fn) {
     default:
       fail_check(
           "conv_engine: tile must be 0 (GEMM), 1, 3 (bordered), 2, 4, 6 (Winograd), 5 "
-          "(Winograd along one axis) or 7 (depthwise), of bfloat16 products 0 to 4, got ",
+          "(Winograd along one axis) or 7 (groups side by side), of bfloat16 products 0 to 4, got ",
           tile);
   }
 }
@@ -47,7 +48,7 @@ template <typename E>
 int64_t packed_size(int64_t K, int64_t C, int64_t taps, int64_t tile, int64_t strassen) {
   if (strassen) return packed_size<E>(K, C, taps, tile, 0) / 4 * kStrassenProducts;
   if (tile == 0) return round_up(K, kPanel) * round_up(C * taps, kLine<E>);
-  if (tile == kDepthwiseTile) return round_up(K, kPanel) * taps;
+  if (tile == kGroupedTile) return round_up(K, kPanel) * taps * C;
   if (tile == kLineTile) {
     return round_up(ceil_div(taps, 5) * K, kPanel) * Winograd<5, 5>::kProducts *
            round_up(C, kGroup);
@@ -67,13 +68,13 @@ void check_tile(int64_t tile, int64_t K, int64_t C, int64_t R, int64_t S, int64_
                 "conv_engine: strassen needs float32 products of a 1x1 kernel with input channels "
                 "in multiples of 32 and output channels of 64, got tile ",
                 tile, ", a ", R, "x", S, " kernel, ", C, " and ", K, " channels");
-  FASTSEG_CHECK((tile != kLineTile && tile != kDepthwiseTile) || (std::is_same_v<E, float>),
+  FASTSEG_CHECK((tile != kLineTile && tile != kGroupedTile) || (std::is_same_v<E, float>),
                 "conv_engine: tile ", tile, " has float32 products alone");
   if (tile == kLineTile) {
     FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
                   "x", S);
   } else {
-    FASTSEG_CHECK(tile == 0 || tile == kDepthwiseTile || (R == 3 && S == 3),
+    FASTSEG_CHECK(tile == 0 || tile == kGroupedTile || (R == 3 && S == 3),
                   "conv_engine: Winograd tiles need a 3x3 kernel, got ", R, "x", S);
   }
 }

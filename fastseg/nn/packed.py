@@ -146,7 +146,9 @@ class PackedConv2d(nn.Module):
         packed = self._packed.get(key)
         if packed is None:
             with torch.inference_mode(False):
-                packed = pack_conv(self.weight, self.bias, **self.options, **key._asdict())
+                packed = pack_conv(
+                    self.weight, self.bias, **self.options, **key._asdict(), groups=self.groups
+                )
             self._packed[key] = packed
         prepared = packed, self.output_shape(x)
         if known and len(self._prepared) < SIZES:
@@ -155,12 +157,13 @@ class PackedConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
+        shown = {
+            k: v for k, v in self.options.items() if k not in ("negative_slope", "residual_last")
+        }
         if self.groups > 1:
-            C = K
-        return f"{C}, {K}, kernel_size=({R}, {S}), " + ", ".join(
-            f"{name}={value}"
-            for name, value in self.options.items()
-            if name not in ("negative_slope", "residual_last")
+            shown["groups"] = self.groups
+        return f"{C * self.groups}, {K}, kernel_size=({R}, {S}), " + ", ".join(
+            f"{name}={value}" for name, value in shown.items()
         )
 
     def _geometry(self) -> list[tuple[int, int]]:
@@ -176,8 +179,6 @@ def unsupported(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
     if reason:
         return reason
     assert isinstance(conv, nn.Conv2d)
-    if conv.groups != 1 and conv.weight.shape[:2] != (conv.groups, 1):
-        return f"{conv.groups} groups"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode}"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in _spans(conv)):

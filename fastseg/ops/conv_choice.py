@@ -7,8 +7,9 @@ of m and m - 1 outputs, so that none reaches beyond it: the shorter ones are F(m
 its points. Where the dilation is half of the image or more, a sub-grid of two by two pixels between
 zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three pixels take
 F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
-groups of five taps. Depthwise convolutions, and 3-wide kernels over images of one or three
-channels, have kernels of their own. Products of many channels take Strassen's algorithm (1969) in
+groups of five taps. Groups of few channels, of which depthwise convolutions have one, and 3-wide
+kernels over images of one or three channels have kernels of their own; wider groups are convolved
+one by one. Products of many channels take Strassen's algorithm (1969) in
 Winograd's form: seven products of halves instead of eight. It pairs each pixel with one up to 14
 further on: rounding then depends on both, and where one of them is infinite or NaN, both results
 are NaN.
@@ -26,7 +27,7 @@ F(2, 3)             2e-6     0, +-1, infinity
 F(4, 3)             1e-5     0, +-3/4, +-3/2, infinity
 F(6, 3)             5e-5     0, +-1/2, +-1, +-2, infinity
 F(5, 5), one axis   1e-5     +-1/4, +-3/4, +-5/4, +-2, infinity
-depthwise           2e-6
+grouped             2e-6
 ==================  =======  ===================================================
 
 **bfloat16 images.** Two kinds of products compete. Multiplied in float32, every algorithm is as
@@ -83,7 +84,7 @@ TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: 
 STRICT = (1, 2)  # those that round no more than torch's own convolution
 READ = 20  # multiplications in the time that a weight takes to be read
 LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
-DEPTHWISE = 7  # one group per channel
+GROUPED = 7  # groups of few channels side by side, depthwise convolutions among them
 # The tiles whose products are in bfloat16 where those are fast.
 ROUNDED = {"strict": (), "default": (1, 2), "fast": (1, 2, 3, 4)}
 # bfloat16 products in the time of one of float32, where those are fast. AMX multiplies 512 pairs a
@@ -127,13 +128,30 @@ def choose_algorithm(
             the peers' own in this dtype; "strict": no more than torch's own convolution; "fast":
             in bfloat16 up to 1.3 times the errors of torch's networks, in float32 the default.
     """
+    C, K = in_channels // groups, out_channels // groups
+    layer = (C, K, kernel_size, size, stride, padding, dilation)
     if groups > 1:
-        return Algorithm(DEPTHWISE)
-    layer = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
+        alone = choose_algorithm(*layer, dtype=dtype, accuracy=accuracy)
+        few = min(C, K) < 16 or (K < 32 and (alone.tile == 0 or K % 16))
+        return Algorithm(GROUPED) if few and fits_vectors(groups, K, C) else alone
     if dtype == torch.bfloat16:
         return _choose_bfloat16(*layer, accuracy)
     tile = choose_tile(*layer, accuracy)
     return Algorithm(tile, strassen=0 if tile else choose_strassen(*layer, accuracy))
+
+
+def fits_vectors(groups: int, out_channels: int, in_channels: int) -> bool:
+    """Whether the kernels of ``GROUPED`` compute groups of so many outputs and channels: as in
+    csrc/conv_engine/tiles.h."""
+    K, C = out_channels, in_channels
+    if K == C == 1:
+        return True
+    for lanes in (4, 8, 16):
+        for k in range(0, min(groups, lanes) * K, lanes):
+            spanned = (min(groups * K, k + lanes) - 1) // K - k // K + 1
+            if spanned > 2 and (spanned * C > lanes or groups * C < lanes):
+                return False
+    return True
 
 
 def choose_tile(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_options import output_size, round_up
-from .conv_choice import DEPTHWISE, LINE, TILES
+from .conv_choice import GROUPED, LINE, TILES
 
 ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
     "none": lambda y, slope: y,
@@ -40,6 +40,7 @@ class PackedConv:
     negative_slope: float
     residual_last: bool = False
     strassen: int = 0
+    groups: int = 1
 
     def options(self) -> tuple:
         """What the ops are told beside the tensors, in the order of their schemas."""
@@ -53,6 +54,7 @@ class PackedConv:
             self.negative_slope,
             self.residual_last,
             self.strassen,
+            self.groups,
         )
 
 
@@ -69,12 +71,12 @@ def pack_conv(
     products: torch.dtype = torch.float32,
     residual_last: bool = False,
     strassen: int = 0,
+    groups: int = 1,
 ) -> PackedConv:
     """Prepare a convolution for ``conv_engine``.
 
     Args:
-        weight: (K, C, R, S) float32 on the CPU; one group, or with ``tile=DEPTHWISE`` (K, 1, R, S)
-            for images of K channels. Fold a batch norm in before.
+        weight: (K, C / groups, R, S) float32 on the CPU. Fold a batch norm in before.
         bias: (K) float32, or None.
         stride, padding, dilation: (vertical, horizontal), in pixels.
         activation: a key of ``ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
@@ -84,6 +86,7 @@ def pack_conv(
             see ``choose_algorithm``. Sums are float32.
         residual_last: a residual is added behind the activation instead of before.
         strassen: levels of Strassen's algorithm in the products, from ``choose_algorithm``.
+        groups: as in ``torch.nn.functional.conv2d``.
 
     Returns:
         The packed form: ``TILES[tile][3] ** 2 / 9`` times the memory of a 3x3 weight (4 times for
@@ -112,11 +115,11 @@ def pack_conv(
     with torch.no_grad():
         bias = bias.detach().float().contiguous() if bias is not None else None
         packed = torch.ops.fastseg.conv_engine_pack(
-            weight.detach(), bias, tile, products == torch.bfloat16, strassen
+            weight.detach(), bias, tile, products == torch.bfloat16, strassen, groups
         )
     return PackedConv(
         packed,
-        K if tile == DEPTHWISE else C,
+        C * groups,
         K,
         (R, S),
         stride,
@@ -127,6 +130,7 @@ def pack_conv(
         negative_slope,
         residual_last,
         strassen,
+        groups,
     )
 
 
@@ -210,15 +214,22 @@ def channels_last(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastseg::conv_engine_pack")
 def _(
-    weight: Tensor, bias: Tensor | None, tile: int, bfloat16: bool = False, strassen: int = 0
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: int,
+    bfloat16: bool = False,
+    strassen: int = 0,
+    groups: int = 1,
 ) -> Tensor:
     K, C, R, S = weight.shape
+    parts = 1 if tile == GROUPED else groups
+    K //= parts
     per_word = 2 if bfloat16 else 1
     columns, depth = K, round_up(C, 16 * per_word)
     if tile == 0:
         depth = round_up(C * R * S, 16 * per_word)
-    elif tile == DEPTHWISE:
-        depth = R * S
+    elif tile == GROUPED:
+        depth = C * R * S
     elif tile == LINE:
         columns, depth = -(-R * S // 5) * K, 9 * depth
     else:
@@ -227,13 +238,13 @@ def _(
     if strassen:
         size = size // 4 * 7
     size += round_up(K, 32) * per_word
-    return weight.new_empty(size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    return weight.new_empty(parts * size, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 
 @torch.library.register_fake("fastseg::conv_engine")
 def _(
     x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
-    dilation_w, tile, activation, slope, residual_last=False, strassen=0,
+    dilation_w, tile, activation, slope, residual_last=False, strassen=0, groups=1,
 ):  # fmt: skip
     geometry = ((R, S), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
     Ho, Wo = output_size(x.shape[2:], *geometry)
@@ -243,6 +254,6 @@ def _(
 @torch.library.register_fake("fastseg::conv_engine_out")
 def _(
     x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile,
-    activation, slope, residual_last=False, strassen=0,
+    activation, slope, residual_last=False, strassen=0, groups=1,
 ):  # fmt: skip
     return None

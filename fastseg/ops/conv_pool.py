@@ -119,6 +119,6 @@ def _image(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) ->
 def _(
     x, x_codes, H, W, packed, residual, out, pooled, codes, out_channels, R, S, stride_h, stride_w,
     pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope, residual_last=False,
-    strassen=0,
+    strassen=0, groups=1,
 ):  # fmt: skip
     return None

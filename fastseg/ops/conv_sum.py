@@ -95,7 +95,8 @@ def conv_sum(x: Tensor, other: Tensor, packed: PackedConvSum, out: Tensor | None
     if out is None:
         size = output_size(x.shape[2:], (1, 1), conv.stride, (0, 0), (1, 1))
         out = x.new_empty(x.shape[0], *size, conv.out_channels).permute(0, 3, 1, 2)
-    torch.ops.fastseg.conv_engine_sum(x, other, *packed.stride, conv.packed, out, *conv.options())
+    options = conv.options()[:-1]  # one group
+    torch.ops.fastseg.conv_engine_sum(x, other, *packed.stride, conv.packed, out, *options)
     return out
 
 

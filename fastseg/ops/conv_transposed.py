@@ -3,7 +3,9 @@
 Output pixels whose row and column leave the same remainders by the stride take the same taps, every
 stride-th of the kernel. Each of these ``stride_h * stride_w`` phases is a convolution of stride 1
 and runs as a matrix product of the convolution engine that writes to its own pixels: nothing is
-multiplied by zeros, and no sum is scattered.
+multiplied by zeros, and no sum is scattered. Where the output channels do not fill the panels of
+that product, neighbouring columns of phases that read the same input pixels are one convolution to
+the channels of all of them.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class PackedConvTransposed:
     activation: str
     negative_slope: float
     residual_last: bool
+    joined: bool  # columns of phases
 
     def output_size(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
         """(Ho, Wo) for an input (H, W)."""
@@ -70,13 +73,22 @@ def pack_conv_transposed(
             f"pack_conv_transposed: the kernel must be at least as large as the stride, got "
             f"{tuple(kernel)} and {stride}"
         )
+    columns = [[b] for b in range(stride[1])]
+    # Panels of 32 channels; each phase must have as many output pixels as the next.
+    if K % 32 and (kernel[1] - 2 * padding[1] + output_padding[1]) % stride[1] == 0:
+        columns = _columns(kernel[1], stride[1], padding[1])
     phases = []
     for a in range(stride[0]):
-        for b in range(stride[1]):
-            first = [(n + p) % s for n, p, s in zip((a, b), padding, stride, strict=True)]
-            taps = weight.detach()[:, :, first[0] :: stride[0], first[1] :: stride[1]]
+        for run in columns:
+            taps = []
+            for b in run:
+                first = [(n + p) % s for n, p, s in zip((a, b), padding, stride, strict=True)]
+                taps.append(weight.detach()[:, :, first[0] :: stride[0], first[1] :: stride[1]])
             conv = pack_conv(
-                taps.flip(2, 3).transpose(0, 1), bias, activation=activation, products=products
+                torch.cat(taps, 1).flip(2, 3).transpose(0, 1),
+                None if bias is None else bias.detach().repeat(len(run)),
+                activation=activation,
+                products=products,
             )
             phases.append(conv.packed)
     with torch.no_grad():
@@ -92,7 +104,18 @@ def pack_conv_transposed(
         activation,
         negative_slope,
         residual_last,
+        len(columns) < stride[1],
     )
+
+
+def _columns(kernel: int, stride: int, padding: int) -> list[list[int]]:
+    """The columns of phases, those side by side that read the same pixels together."""
+    runs: dict[tuple[int, int], list[int]] = {}
+    for b in range(stride):
+        tap = (b + padding) % stride
+        taps = -(-(kernel - tap) // stride)
+        runs.setdefault(((b + padding) // stride, taps), []).append(b)
+    return list(runs.values())
 
 
 def conv_transposed(
@@ -119,19 +142,31 @@ def conv_transposed(
         out = x.new_empty((shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
     elif out.shape != shape:
         raise ValueError(f"conv_transposed: out must be {shape}, got {tuple(out.shape)}")
+    y = out
+    residual = channels_last(residual) if residual is not None else None
+    if conv.joined:  # writes and adds pixels side by side
+        last = torch.channels_last
+        y = y if _dense(y) else torch.empty_like(y, memory_format=last)
+        if residual is not None and not _dense(residual):
+            residual = torch.empty_like(residual, memory_format=last).copy_(residual)
     torch.ops.fastseg.conv_transposed_out(
         channels_last(x),
         conv.packed,
-        channels_last(residual) if residual is not None else None,
-        out,
+        residual,
+        y,
         *conv.kernel_size,
         *conv.stride,
         *conv.padding,
         list(ACTIVATIONS).index(conv.activation),
         conv.negative_slope,
         conv.residual_last,
+        conv.joined,
     )
-    return out
+    return out if y is out else out.copy_(y)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.stride(3) == x.shape[1]
 
 
 def conv_transposed_reference(
@@ -159,6 +194,6 @@ def conv_transposed_reference(
 @torch.library.register_fake("fastseg::conv_transposed_out")
 def _(
     x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, activation, slope,
-    residual_last=False,
+    residual_last=False, joined=False,
 ):  # fmt: skip
     return None

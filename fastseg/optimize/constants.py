@@ -69,15 +69,14 @@ def constant_part(producer: PackedConv2d, layer: PackedConv2d, first: int) -> fl
     constant = activate(
         producer.bias, producer.options["activation"], producer.options["negative_slope"]
     )
-    weight = layer.weight
-    if layer.groups > 1:  # each channel alone
-        weight = weight[first : first + len(constant)]
-        sums = weight.sum((2, 3))
-        constant = constant[:, None]
-    else:
-        sums = weight[:, first : first + len(constant)].sum((2, 3))  # (K, channels)
+    weight, groups = layer.weight, layer.groups
+    K, C = weight.shape[:2]
+    channels = constant.new_zeros(groups * C)
+    channels[first : first + len(constant)] = constant
+    read = channels.view(groups, C).repeat_interleave(K // groups, 0)  # by each output channel
+    sums = weight.sum((2, 3)) * read
     response = weight.square().sum((1, 2, 3)).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
-    return ((sums * constant).abs().amax(1) / response).max().item()
+    return (sums.abs().amax(1) / response).max().item()
 
 
 def _packed(traced: fx.GraphModule, node: fx.Node) -> PackedConv2d:

@@ -89,13 +89,13 @@ def test_copies_and_pickles():
 
 def test_unsupported():
     assert unsupported(nn.Conv2d(8, 8, 3)) is None
-    assert unsupported(nn.Conv2d(8, 8, 3, groups=2)) == "2 groups"
+    assert unsupported(nn.Conv2d(8, 8, 3, groups=2)) is None
     assert unsupported(nn.Conv2d(8, 8, 3, padding_mode="reflect")) == "padding mode reflect"
     assert unsupported(nn.Conv2d(8, 8, 2, padding="same")) == "uneven same padding"
     assert "float64" in unsupported(nn.Conv2d(8, 8, 3, dtype=torch.float64))
     assert "own statistics" in unsupported(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    with pytest.raises(ValueError, match="PackedConv2d: 2 groups"):
-        PackedConv2d(nn.Conv2d(8, 8, 3, groups=2))
+    with pytest.raises(ValueError, match="PackedConv2d: padding mode circular"):
+        PackedConv2d(nn.Conv2d(8, 8, 3, padding_mode="circular"))
 
 
 class Mobile(nn.Module):
@@ -123,7 +123,10 @@ class Mobile(nn.Module):
 
 
 def mobile():
-    model = Mobile()
+    return randomised(Mobile())
+
+
+def randomised(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -144,6 +147,48 @@ def test_mobile_blocks(layout):
         half = fastseg.optimize(model.float(), dtype=torch.bfloat16)(x)
     assert half.dtype == torch.float32
     assert (half - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+class Grouped(nn.Module):
+    """Blocks of ResNeXt and RegNet, a depth multiplier, and a bias that several groups read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(32, 64, 1, bias=False),
+                nn.BatchNorm2d(64),
+                nn.ReLU(),
+                nn.Conv2d(64, 64, 3, padding=dilation, dilation=dilation, groups=groups),
+                nn.BatchNorm2d(64),
+                nn.ReLU(),
+                nn.Conv2d(64, 32, 1),
+                nn.BatchNorm2d(32),
+            )
+            for groups, dilation in ((16, 1), (8, 1), (4, 2), (2, 1))
+        )
+        self.down = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1, groups=32), nn.BatchNorm2d(64))
+        self.last = nn.Conv2d(64, 20, 1, groups=4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.last(self.down(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_blocks(dtype):
+    model, x = randomised(Grouped()), torch.randn(2, 3, 38, 46)
+    fast = fastseg.optimize(model, dtype=dtype)
+    assert not any(isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) for m in fast.modules())
+    assert "groups=16" in fastseg.explain(fast)
+    with torch.no_grad():
+        exact = model.double()(x.double())
+        for y in (fast(x), fast(x), copy.deepcopy(fast)(x), pickle.loads(pickle.dumps(fast))(x)):
+            allowed = 1e-5 if dtype == torch.float32 else 0.03
+            assert (y - exact).abs().max() <= allowed * exact.abs().max()
 
 
 def test_mobile_blocks_of_the_compiler():

@@ -343,7 +343,6 @@ def test_functional_layers():
 
 
 LAYERS = {
-    "grouped": lambda: nn.Conv2d(8, 8, 3, groups=2),
     "transposed dilation": lambda: nn.ConvTranspose2d(8, 8, 4, 2, padding=1, dilation=2),
     "transposed gaps": lambda: nn.ConvTranspose2d(8, 8, 1, 2),
     "reflect": lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
