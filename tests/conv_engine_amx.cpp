@@ -57,7 +57,7 @@ class Guarded {
 
 void run_gemm(Conv& conv, int64_t tasks, bool panels_first) {
   using Kernel = gemm::amx::GemmKernel<Conv>;
-  GemmForm form = Kernel::form(conv);
+  GemmForm form = Kernel::form(conv, false);
   form.panels_first = panels_first;
   const int64_t parts = std::min(tasks, form.blocks), panel_parts = std::min(tasks, conv.panels());
   for (int64_t part = 0; part < parts; ++part) {

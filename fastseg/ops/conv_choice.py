@@ -71,7 +71,7 @@ float32; with it rounded ours were off by 0.13 to 0.30.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -193,7 +193,16 @@ def choose_tile(
         products, weights = winograd_products((Ho, Wo), dilation, tile)
         cost[tile] = products * (C * K + 12.0 * (C + K))
         cost[tile] += READ * weights * C * K
-    return min(cost, key=cost.__getitem__)
+    return _cheapest(cost)
+
+
+def _cheapest(cost: dict[Any, float]) -> Any:
+    """``min(cost, key=cost.__getitem__)``, which torch.compile does not know for symbolic sizes."""
+    best = next(iter(cost))
+    for name in cost:
+        if cost[name] < cost[best]:
+            best = name
+    return best
 
 
 def _choose_line(
@@ -286,7 +295,7 @@ def _choose_bfloat16(
         cost[m, torch.float32] = products * (C * K + 12 * (C + K))
         if m in ROUNDED[accuracy]:
             cost[m, torch.bfloat16] = products * (C * K / rate + 12 * (C + K))
-    return Algorithm(*min(cost, key=cost.__getitem__))
+    return Algorithm(*_cheapest(cost))
 
 
 def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:
@@ -295,7 +304,7 @@ def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int)
     outputs, long_products, short_products, packed = TILES[tile]
     products = weights = 1
     for n, d in zip(output, dilation, strict=True):
-        length, longer = divmod(n, d)
+        length, longer = n // d, n % d  # torch.compile knows no divmod of symbolic sizes
         long = short = 0  # tiles
         for phases, n_phase in ((longer, length + 1), (d - longer, length)):
             tiles = -(-n_phase // outputs)
