@@ -70,7 +70,9 @@ def test_right_kernels_pass(kernel, sanitizer):
     ],
 )
 def test_planted_bug_is_caught(kernel, bug, sanitizer, report):
-    assert re.search(report, run(kernel, bug, sanitizer))
+    # ThreadSanitizer sees the races that happen: on a busy machine one run in ten has none.
+    seeds = range(6 if sanitizer == "thread" else 1)
+    assert any(re.search(report, run(kernel, bug, sanitizer, seed)) for seed in seeds)
 
 
 @pytest.mark.parametrize("seed", range(3))
