@@ -117,8 +117,8 @@ def choose_algorithm(
     """The algorithm for a layer and input size (H, W); ``PackedConv2d`` remembers it per size.
 
     All of them are the engine's own. oneDNN, which torch would call, was measured beside each kind
-    of layer (benchmarks/README.md); where it is ahead, a copy of its result into the network's
-    buffers would cost what it gains.
+    of layer (benchmarks/README.md); where it is ahead, by up to a quarter, it is not called, as its
+    operators cannot write to the network's buffers.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: of the layer.
