@@ -42,18 +42,14 @@ struct WindowAxis {
 struct Taps {
   int first, end;
   FASTSEG_HOST_DEVICE int count() const { return end - first; }
+  FASTSEG_HOST_DEVICE bool operator==(const Taps& t) const {
+    return first == t.first && end == t.end;
+  }
 };
 FASTSEG_HOST_DEVICE Taps taps_inside(const WindowAxis& axis, int window) {
   const int start = axis.start(window), room = axis.size - start;
   return {start < 0 ? -start : 0, room < axis.kernel ? room : axis.kernel};
 }
-
-// What happens to a pixel in the reach of several windows.
-enum class Meet {
-  kNever,  // there is none
-  kLast,   // the last window that names it, in row-major order, sets its value
-  kSum,    // the values of all that name it add up
-};
 
 struct Pool2d {
   int64_t N, C;

@@ -23,7 +23,6 @@ namespace {
 #include "common/foreach_isa.inl"
 
 constexpr int64_t kGrain = 1 << 15;  // elements per thread, below which a second one costs time
-constexpr int64_t kPieceBytes = 16 << 10;  // of an output row under construction: stays in L1
 
 // Runs rows(begin, end) over all `count` rows of `width` elements.
 template <typename Rows>
@@ -87,29 +86,24 @@ Tensor max_unpool2d_cpu(const Tensor& pooled, const Tensor& pooled_indices, IntP
     using Acc = decltype(acc);
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    // Pieces of whole strides, so that no window of disjoint ones is visited twice.
-    const int64_t step = std::max<int64_t>(1, channels * p.cols.stride);
-    const int piece =
-        static_cast<int>(std::max<int64_t>(1, kPieceBytes / sizeof(Acc) / step) * p.cols.stride);
-    for_rows(count, p.cols.size * channels, [&](auto begin, auto end) {
-      // As unpool_row_channels_last and unpool_row share it out.
-      const int64_t values = p.channels_last() ? (piece + 2 * p.cols.kernel) * p.C
-                                               : split_size(p) + p.cols.size + p.cols.count;
-      std::vector<Acc> buffer(values);
+    // As unpool_band shares it out.
+    const int64_t row_size = p.cols.size * channels;
+    const int64_t held = std::min(p.rows.kernel + p.rows.stride, p.rows.size);
+    const int64_t values = held * row_size + (p.channels_last() ? p.C : p.cols.count);
+    for_rows(count, row_size, [&](auto begin, auto end) {
+      std::vector<Acc> buffer(std::is_same_v<T, Acc> ? 0 : values);
       std::vector<uint8_t> scratch(p.packed ? 4 * p.index_channels() + p.cols.count : 0);
-      kernel_of_isa(p, from, codes, to, piece, buffer.data(), scratch.data(), begin, end);
+      kernel_of_isa(p, from, codes, to, buffer.data(), scratch.data(), begin, end);
     });
   };
   dispatch_floating(x, "max_unpool2d", [&](auto tag) {
     using T = decltype(tag);
     using M = Moved<T>;
     using Acc = typename Accumulate<T>::type;
-    if (!p.overlap()) {
-      run(M{}, M{}, FASTSEG_ISA_CALL(unpool_rows<Meet::kNever, M, M>));
-    } else if (!accumulate) {
-      run(M{}, M{}, FASTSEG_ISA_CALL(unpool_rows<Meet::kLast, M, M>));
+    if (!accumulate || !p.overlap()) {
+      run(M{}, M{}, FASTSEG_ISA_CALL(unpool_rows<false, M, M>));
     } else {
-      run(T{}, Acc{}, FASTSEG_ISA_CALL(unpool_rows<Meet::kSum, T, Acc>));
+      run(T{}, Acc{}, FASTSEG_ISA_CALL(unpool_rows<true, T, Acc>));
     }
   });
   return out;

@@ -305,24 +305,6 @@ void pool_rows(const Pool2d& p, const T* x_values, T* y_values, uint8_t* indices
 
 // ---- max_unpool2d -------------------------------------------------------------------------------
 
-// A value under construction: `old`, or what a window makes of it that names it or not.
-template <Meet kMeet, typename Acc>
-inline Acc meet(Acc old, bool named, Acc value) {
-  if constexpr (kMeet == Meet::kSum) return old + choose(named, value, Acc(0));
-  return choose(named, value, kMeet == Meet::kLast ? old : Acc(0));
-}
-template <Meet kMeet, typename Acc>
-void meet_all(const Acc* __restrict__ x, const uint8_t* __restrict__ codes, int64_t count, int tap,
-              Acc* __restrict__ out) {
-  const auto one = [&](int64_t i) { out[i] = meet<kMeet>(out[i], codes[i] == tap, x[i]); };
-  if constexpr (kMeet == Meet::kSum) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) one(i);  // in_blocks would add some values twice
-  } else {
-    in_blocks(count, one);
-  }
-}
-
 // `count` values of x as Acc: x itself, or a copy of 16-bit values in `wide`.
 template <typename T, typename Acc>
 inline const Acc* as_wide(const T* x, Acc* wide, int64_t count) {
@@ -333,72 +315,111 @@ inline const Acc* as_wide(const T* x, Acc* wide, int64_t count) {
     return wide;
   }
 }
-template <typename T, typename Acc>
-inline void store(const Acc* values, T* out, int64_t count) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    std::memcpy(out, values, count * sizeof(T));
-  } else {
-    narrow(values, out, count);
-  }
-}
 
-// Output row ih of image n, channels last, in pieces of `piece` columns. `buffer` holds as many
-// pixels, a margin of kernel - 1 on both sides for windows that hang over, and one pixel more.
-template <Meet kMeet, typename T, typename Acc>
-void unpool_row_channels_last(const Pool2d& p, const T* x, const uint8_t* indices, int64_t n,
-                              int ih, T* row, int piece, Acc* buffer, uint8_t* scratch) {
+// Where the pixels that codes name lie, counted from the corner of their window: -1 for codes that
+// name none, or one outside `rows` and `cols`.
+class Places {
+ public:
+  Places() {
+    for (int64_t& place : places_) place = -1;
+  }
+  void set(const Pool2d& p, Taps rows, Taps cols, int64_t pixel) {
+    if (rows == rows_ && cols == cols_) return;
+    rows_ = rows, cols_ = cols;
+    for (int r = 0; r < p.rows.kernel; ++r) {
+      for (int s = 0; s < p.cols.kernel; ++s) {
+        const bool inside = rows.first <= r && r < rows.end && cols.first <= s && s < cols.end;
+        places_[r * p.cols.kernel + s] = inside ? (int64_t{r} * p.cols.size + s) * pixel : -1;
+      }
+    }
+  }
+  int64_t operator[](uint8_t code) const { return places_[code]; }
+
+ private:
+  Taps rows_{}, cols_{};
+  int64_t places_[256];
+};
+
+// Rows [top, bottom) of image n (channels last) or plane n * C + c (NCHW), `outer`: window by
+// window in row-major order, every value goes where its code says. `buffer` holds, where T is not
+// Acc, the channels of a pixel or a row of windows, and the rows in reach of a window and the next.
+template <bool accumulate, typename T, typename Acc>
+void unpool_band(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int top,
+                 int bottom, T* out, Acc* buffer, uint8_t* scratch) {
+  constexpr bool in_place = std::is_same_v<T, Acc>;
   const WindowAxis &rows = p.rows, &cols = p.cols;
-  const int64_t C = p.C;
-  const int margin = cols.kernel - 1;
-  Acc* const wide = buffer + (piece + 2 * margin) * C;
-  for (int i0 = 0; i0 < cols.size; i0 += piece) {
-    const int i1 = cols.size - i0 < piece ? cols.size : i0 + piece;
-    for (int64_t i = 0; i < (i1 - i0 + 2 * margin) * C; ++i) buffer[i] = Acc(0);
-    for (int oh = rows.first(ih); oh <= rows.last(ih); ++oh) {
-      for (int ow = cols.first(i0); ow <= cols.last(i1 - 1); ++ow) {
-        const int64_t window = (n * rows.count + oh) * cols.count + ow;
-        const uint8_t* codes = indices + window * p.index_channels();
+  const bool channels_last = p.channels_last();
+  const int64_t C = channels_last ? p.C : 1, row_size = cols.size * C;
+  Acc* const wide = buffer;
+  // Of rows from `base` on; up to `cleared` they are zero or in use.
+  Acc* sums = buffer + (channels_last ? C : cols.count);
+  if constexpr (in_place) sums = out;
+  int base = top, cleared = top;
+  const auto clear = [&](int end) {
+    if (end > bottom) end = bottom;
+    if (end <= cleared) return;
+    std::memset(sums + (cleared - base) * row_size, 0, (end - cleared) * row_size * sizeof(Acc));
+    cleared = end;
+  };
+  const auto finish = [&](int end) {  // rows before `end`
+    clear(end);
+    if constexpr (!in_place) {
+      if (end <= base) return;
+      narrow(sums, out + (base - top) * row_size, (end - base) * row_size);
+      std::memmove(sums, sums + (end - base) * row_size, (cleared - end) * row_size * sizeof(Acc));
+      base = end;
+    }
+  };
+  const auto put = [sums](int64_t corner, int64_t place, Acc value) {
+    if (place < 0) return;
+    if constexpr (accumulate) {
+      sums[corner + place] += value;
+    } else {
+      sums[corner + place] = value;
+    }
+  };
+  // Windows whose columns all lie inside.
+  const int inner = cols.padding == 0 ? 0 : (cols.padding - 1) / cols.stride + 1;
+  const int inner_end = cols.size < cols.kernel - cols.padding
+                            ? 0
+                            : (cols.size - cols.kernel + cols.padding) / cols.stride + 1;
+  Places places;
+  for (int oh = rows.first(top); oh <= rows.last(bottom - 1); ++oh) {
+    const int start = rows.start(oh);
+    const Taps here{start < top ? top - start : 0,
+                    start + rows.kernel > bottom ? bottom - start : rows.kernel};
+    finish(start);
+    clear(start + rows.kernel);
+    const int64_t first = (outer * rows.count + oh) * cols.count;
+    const uint8_t* row_codes = indices + first * p.index_channels();
+    const Acc* row_values = nullptr;
+    if (!channels_last) {
+      row_codes = p.packed ? unpack_row(p, indices, outer, oh, scratch) : indices + first;
+      row_values = as_wide(x + first, wide, cols.count);
+    }
+    for (int ow = 0, next; ow < cols.count; ow = next) {
+      const bool inside = inner <= ow && ow < inner_end;
+      next = inside ? std::min(inner_end, cols.count) : ow + 1;
+      places.set(p, here, taps_inside(cols, ow), C);
+      const int64_t corner = (start - base) * row_size + cols.start(ow) * C, step = cols.stride * C;
+      if (!channels_last) {
+        for (int w = 0; w < next - ow; ++w) {
+          put(corner + w * step, places[row_codes[ow + w]], row_values[ow + w]);
+        }
+        continue;
+      }
+      for (int w = 0; w < next - ow; ++w) {
+        const uint8_t* codes = row_codes + (ow + w) * p.index_channels();
         if (p.packed) {
           unpack_channels(codes, scratch, p.index_channels());
           codes = scratch;
         }
-        const Acc* values = as_wide(x + window * C, wide, C);
-        Acc* out = buffer + (cols.start(ow) - i0 + margin) * C;
-        for (int s = 0; s < cols.kernel; ++s) {
-          meet_all<kMeet>(values, codes, C, (ih - rows.start(oh)) * cols.kernel + s, out + s * C);
-        }
+        const Acc* values = as_wide(x + (first + ow + w) * C, wide, C);
+        for (int64_t c = 0; c < C; ++c) put(corner + w * step + c, places[codes[c]], values[c]);
       }
     }
-    store(buffer + margin * C, row + i0 * C, (i1 - i0) * C);
   }
-}
-
-// Output row ih of plane `outer`, NCHW. `buffer` holds the row split, with places before and after
-// for windows that hang over, then the row in order and a row of windows.
-template <Meet kMeet, typename T, typename Acc>
-void unpool_row(const Pool2d& p, const T* x, const uint8_t* indices, int64_t outer, int ih, T* row,
-                Acc* buffer, uint8_t* scratch) {
-  const WindowAxis &rows = p.rows, &cols = p.cols;
-  const int lead = (cols.padding + cols.stride - 1) / cols.stride;
-  const int places = (cols.size - 1) / cols.stride + 1;
-  const int reach = cols.count + (cols.kernel - 1) / cols.stride + 1;
-  const int run = lead + (places > reach ? places : reach);
-  Acc* const line = buffer + cols.stride * run;
-  Acc* const wide = line + cols.size;
-  for (int i = 0; i < cols.stride * run; ++i) buffer[i] = Acc(0);
-  for (int oh = rows.first(ih); oh <= rows.last(ih); ++oh) {
-    const int64_t window = (outer * rows.count + oh) * cols.count;
-    const uint8_t* codes = indices + window;
-    if (p.packed) codes = unpack_row(p, indices, outer, oh, scratch);
-    const Acc* values = as_wide(x + window, wide, cols.count);
-    for (int s = cols.kernel - 1; s >= 0; --s) {  // of windows that meet, the last one last
-      const Phase at = phase_of(cols, s);
-      meet_all<kMeet>(values, codes, cols.count, (ih - rows.start(oh)) * cols.kernel + s,
-                      buffer + at.phase * run + lead + at.shift);
-    }
-  }
-  merge_columns(buffer + lead, run, cols.size, cols.stride, line);
-  store(line, row, cols.size);
+  finish(bottom);
 }
 
 // Output row ih of image or plane `outer` where 2x2 windows tile it: written in place, as a buffer
@@ -419,8 +440,11 @@ void unpool_row_2x2(const Pool2d& p, const T* x, const uint8_t* indices, int64_t
         unpack_channels(codes, scratch, p.index_channels());
         codes = scratch;
       }
-      meet_all<Meet::kNever>(x + (window + ow) * C, codes, C, tap, row + 2 * ow * C);
-      meet_all<Meet::kNever>(x + (window + ow) * C, codes, C, tap + 1, row + (2 * ow + 1) * C);
+      const T* values = x + (window + ow) * C;
+      for (int s = 0; s < 2; ++s) {
+        T* __restrict__ pixel = row + (2 * ow + s) * C;
+        in_blocks(C, [&](int64_t c) { pixel[c] = choose(codes[c] == tap + s, values[c], T(0)); });
+      }
     }
     done = 2 * w * C;
   } else {
@@ -437,21 +461,21 @@ void unpool_row_2x2(const Pool2d& p, const T* x, const uint8_t* indices, int64_t
 }
 
 // Rows [begin, end) of the output: (n, ih) channels last, (n, c, ih) in NCHW.
-template <Meet kMeet, typename T, typename Acc>
-void unpool_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* out, int piece,
-                 Acc* buffer, uint8_t* scratch, int64_t begin, int64_t end) {
-  const int64_t row_values = p.cols.size * (p.channels_last() ? p.C : 1);
+template <bool accumulate, typename T, typename Acc>
+void unpool_rows(const Pool2d& p, const T* x, const uint8_t* indices, T* out, Acc* buffer,
+                 uint8_t* scratch, int64_t begin, int64_t end) {
+  const int64_t row_size = p.cols.size * (p.channels_last() ? p.C : 1);
   const bool tiled = p.is_2x2() && 2 * p.cols.count <= p.cols.size;
-  for (int64_t task = begin; task < end; ++task) {
+  for (int64_t task = begin, next; task < end; task = next) {
     const int64_t outer = task / p.rows.size;  // n, or n * C + c
-    const int ih = static_cast<int>(task % p.rows.size);
-    T* row = out + task * row_values;
+    const int top = static_cast<int>(task % p.rows.size);
+    next = tiled ? task + 1 : std::min(end, (outer + 1) * p.rows.size);
+    T* row = out + task * row_size;
     if (tiled) {
-      unpool_row_2x2(p, x, indices, outer, ih, row, scratch);
-    } else if (p.channels_last()) {
-      unpool_row_channels_last<kMeet>(p, x, indices, outer, ih, row, piece, buffer, scratch);
+      unpool_row_2x2(p, x, indices, outer, top, row, scratch);
     } else {
-      unpool_row<kMeet>(p, x, indices, outer, ih, row, buffer, scratch);
+      const int bottom = top + static_cast<int>(next - task);
+      unpool_band<accumulate>(p, x, indices, outer, top, bottom, row, buffer, scratch);
     }
   }
 }
