@@ -1,5 +1,6 @@
 // Any convolution as a matrix product (gemm_conv.inl), 1x1 ones with fewer multiplications
-// (strassen_conv.inl), and those to few channels (narrow_conv.inl).
+// (strassen_conv.inl), and those to few channels (narrow_conv.inl). With AVX-512 most 1x1 ones of
+// either kind have a tile of their own (wide_tile.inl).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -135,6 +136,71 @@ void run_strassen(const Conv& conv) {
   });
 }
 
+#if defined(__x86_64__)
+// 1x1 convolutions by the wide tile, with weights that stay in L2 while the pixels pass by. Short
+// tasks: with those of run_blocks 64 channels were cut into four for each of two threads.
+template <class Conv>
+void run_wide(const Conv& conv) {
+  using Kernel = avx512::WideKernel<Conv>;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tiles = ceil_div(conv.pixels(), avx512::kWideRows), pairs = conv.panels() / 2;
+  const int64_t products = conv.depth() * conv.K * avx512::kWideRows;  // of a tile's rows
+  const int64_t tasks = ceil_div(tiles, std::max<int64_t>(kTaskProducts / 4 / products, 1));
+  const int64_t parts = std::min(tiles, round_up(tasks, threads));
+  const int64_t pair_parts = std::min(pairs, ceil_div(2 * threads, parts));
+  parallel_tasks(parts * pair_parts, [&](int64_t task) {
+    const int64_t part = task / pair_parts, pair_part = task % pair_parts;
+    Kernel::run(conv, part_begin(tiles, parts, part), part_begin(tiles, parts, part + 1),
+                part_begin(pairs, pair_parts, pair_part),
+                part_begin(pairs, pair_parts, pair_part + 1));
+  });
+}
+
+// The same with Strassen's algorithm: eight pairs of blocks read the weights that pass by, or as
+// many as leave a quarter of L2 to these.
+template <class Conv>
+void run_wide_strassen(const Conv& conv) {
+  using Kernel = avx512::WideStrassenKernel<Conv>;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pairs = Kernel::pairs(conv), columns = conv.K / Kernel::kColumns;
+  const int64_t operands = Kernel::operands_size(conv), copies = Kernel::copy_size(conv);
+  const int64_t fit =
+      l2_bytes() * 3 / 4 / ((operands + copies) * static_cast<int64_t>(sizeof(float)));
+  const int64_t tasks = ceil_div(pairs, std::clamp<int64_t>(fit, 4, 8));
+  const int64_t parts = std::min(pairs, round_up(tasks, threads));
+  const int64_t column_parts = std::min(columns, ceil_div(2 * threads, parts));
+  const int64_t kept = ceil_div(pairs, parts);
+  parallel_tasks(parts * column_parts, [&](int64_t task) {
+    const int64_t part = task / column_parts, column_part = task % column_parts;
+    Kernel::run(conv, part_begin(pairs, parts, part), part_begin(pairs, parts, part + 1),
+                part_begin(columns, column_parts, column_part),
+                part_begin(columns, column_parts, column_part + 1),
+                scratch<TaskBuffer, float>(kept * (operands + copies)),
+                scratch<TaskBuffer, char>(kept * Kernel::pair_bytes()));
+  });
+}
+#endif
+
+// Runs a 1x1 convolution by the wide tile if there is one and it fits.
+template <class Conv>
+bool try_wide(const Conv& conv) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<Conv, Convolution<float, float>>) {
+    if (current_isa() < Isa::kAvx512) return false;
+    if (conv.strassen) {
+      if (!avx512::WideStrassenKernel<Conv>::fits(conv)) return false;
+      run_wide_strassen(conv);
+      return true;
+    }
+    const int64_t weights = conv.panels() * kPanel * conv.depth() * int64_t{sizeof(float)};
+    if (weights > l2_bytes() / 2 || !avx512::WideKernel<Conv>::fits(conv)) return false;
+    run_wide(conv);
+    return true;
+  }
+#endif
+  return false;
+}
+
 // Few outputs of many channels: 64 -> 1 at 320x320 took 33 ms as a matrix product on one core.
 template <class Conv>
 bool is_narrow(const Conv& conv) {
@@ -163,13 +229,14 @@ template <class Conv>
 void run_gemm(const Conv& conv) {
   if (conv.strassen) {
     FASTSEG_COUNT("conv_engine.strassen");
+    if (try_wide(conv)) return;
     if constexpr (std::is_same_v<typename Conv::Operand, float>) run_strassen(conv);
   } else if (is_narrow(conv)) {
     FASTSEG_COUNT("conv_engine.narrow");
     run_narrow(conv);
   } else {
     FASTSEG_COUNT("conv_engine.gemm");
-    run_blocks(conv);
+    if (!try_wide(conv)) run_blocks(conv);
   }
 }
 

@@ -5,5 +5,10 @@
 #include "conv_engine/narrow_conv.inl"
 #include "conv_engine/strassen.inl"
 #include "conv_engine/strassen_conv.inl"
+#if FASTSEG_ISA_LEVEL == 2
+#include "conv_engine/wide_tile.inl"
+#include "conv_engine/wide_conv.inl"
+#include "conv_engine/wide_strassen.inl"
+#endif
 #include "conv_engine/kernel_end.inl"
 // clang-format on

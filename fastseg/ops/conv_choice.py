@@ -237,10 +237,10 @@ def choose_strassen(
     (H, W): 0 or 1.
 
     The sums of the operands cost like some 16 output channels, register tiles of half the length a
-    few percent more. Speed over the plain product, one core with AVX-512, 65x65: 128 -> 512
-    channels 0.95, 256 -> 128 0.99, 512 -> 128 1.00, 256 -> 256 1.04, 512 -> 256 1.05, 1024 -> 512
-    1.08, 1024 -> 2048 1.10; 512 -> 2048 at 7x7 1.08; 2048 -> 256, whose operands leave little of
-    L2, lost to oneDNN (0.91). With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
+    few percent more. Speed over the plain product, AVX-512, 65x65: 128 -> 512 channels 0.95, 256 ->
+    128 and 512 -> 128 0.98, 256 -> 256 1.00, 512 -> 256 1.03, 256 -> 1024 1.07, 1024 -> 512 1.08,
+    1024 -> 2048 1.10; 2048 -> 256 lost to oneDNN (0.91) by the kernel that instruction sets other
+    than AVX-512 have. With AVX2 256 -> 256 1.04, 2048 -> 512 1.00.
     ``accuracy="strict"`` leaves it out: it rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels

@@ -18,6 +18,9 @@ CASES = [  # N, C, H, W, K, stride
     (3, 96, 11, 5, 64, (1, 1)),  # blocks that reach over two images
     (1, 2080, 6, 7, 64, (1, 1)),  # halves summed in pieces
     (2, 64, 9, 12, 128, (2, 3)),
+    (2, 64, 25, 24, 128, (2, 3)),  # from here on many pixels and pairs of two panels
+    (1, 2080, 11, 13, 256, (1, 1)),
+    (5, 96, 7, 9, 384, (1, 1)),
 ]
 
 
@@ -75,6 +78,10 @@ def test_slices(shape):
     assert torch.equal(out[:, :4], before[:, :4])
     assert torch.equal(out[:, -3:], before[:, -3:])
     assert torch.equal(conv_engine(x.contiguous(), conv, residual.contiguous()), expected)
+    _, _, Ho, Wo = residual.shape
+    out = torch.randn(N, K, Ho + 1, Wo + 2).contiguous(memory_format=torch.channels_last)
+    conv_engine(x, conv, residual, out=out[:, :, 1:, 1:-1])
+    assert torch.equal(out[:, :, 1:, 1:-1], expected)
 
 
 def test_written_over_the_residual():

@@ -1,0 +1,181 @@
+// The register tile of 1x1 convolutions: few rows of two panels. Rows are found by strides instead
+// of a table, and what the next tile adds to and writes is fetched between the products, a row at a
+// time: 28 lines in one go hold up all other misses of L1. Written through the caches: the lines
+// are there before they are written, and the next layer finds them there.
+
+constexpr int kWideRows = 6;  // 24 sums + 4 of B + 1 of A in 32 registers
+constexpr int kWideVectors = 4;
+constexpr int64_t kWideColumns = kWideVectors * kLanes;
+static_assert(kWideColumns == 2 * kPanel, "two panels");
+constexpr int64_t kWideSums = kWideRows * kWideColumns;
+constexpr int kWideSteps = 8;  // of the reduction, between two rows that are fetched
+
+// Rows of operands: `length` of each, a multiple of kWideSteps.
+struct WideRun {
+  const float* data;
+  int64_t row, length;
+};
+
+// Rows of output: the columns of the first panel, and `right` floats behind them those of the
+// second one.
+template <typename T>
+struct WideRows {
+  T* data;  // may be null
+  int64_t row, right;
+
+  FASTSEG_MEMBER_INLINE T* at(int r, int v) const {
+    constexpr int kHalf = kWideVectors / 2;
+    return data + r * row + (v < kHalf ? 0 : right) + v % kHalf * kLanes;
+  }
+};
+
+struct WideTile {
+  WideRun runs[2];            // one behind the other; the second may have length 0
+  const float *left, *right;  // packed panels
+  // What becomes of the sums, arrays of kWideRows x kWideColumns: `base`, if any, is added, then
+  // they go to `sums` or, where that is null, with bias and residual through max(low, .) to y.
+  // Strassen's product 5 has u and w: it is added to u, and what it makes of w goes to y.
+  const float* base;
+  float *sums, *u, *w;
+  const float* bias;
+  WideRows<const float> residual;
+  WideRows<float> y;
+  float low;
+  // What is fetched meanwhile: rows of the next tile, and every few steps `lines` of either place.
+  WideRows<const float> next_residual, next_y;
+  const float* ahead[2];
+  int64_t lines;
+};
+
+FASTSEG_INLINE void fetch_row(WideRows<const float>& rows) {
+  if (!rows.data) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < kWideVectors; ++v) __builtin_prefetch(rows.at(0, v), 0, 2);
+  rows.data += rows.row;
+}
+
+// One function for all that becomes of the sums: it is inlined nowhere, as its loop would be.
+__attribute__((noinline)) static void wide_tile(const WideTile& tile) {
+  const auto each = [](auto&& fn) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kWideRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kWideVectors; ++v) fn(r, v);
+    }
+  };
+  const auto at = [](auto* sums, int r, int v) __attribute__((always_inline)) {
+    return sums + r * kWideColumns + v * kLanes;
+  };
+  const WideRows<const float> biases{tile.bias, 0, tile.y.right};
+  Vec sums[kWideRows][kWideVectors];
+  if (tile.sums || tile.u) {
+    each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = Vec{}; });
+    for (int r = 0; tile.u && r < kWideRows; ++r) {
+      for (int v = 0; v < kWideVectors; ++v) {
+        Vec added = load(biases.at(0, v));
+        if (tile.residual.data) added += load(tile.residual.at(r, v));
+        store(at(tile.w, r, v), load(at(tile.w, r, v)) + added);
+      }
+    }
+  } else if (tile.residual.data) {
+    each([&](int r, int v) __attribute__((always_inline)) {
+      sums[r][v] = load(biases.at(0, v)) + load(tile.residual.at(r, v));
+    });
+  } else {
+    each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = load(biases.at(0, v)); });
+  }
+
+  const float *left = tile.left, *right = tile.right;
+  const float *ahead = tile.ahead[0], *ahead_too = tile.ahead[1];
+  WideRows<const float> residual = tile.next_residual, y = tile.next_y;
+  int rows_left = kWideRows;
+  for (const WideRun& run : tile.runs) {
+    int64_t row = run.row;
+    const float *a = run.data, *a3 = a + 3 * row;
+    for (int64_t d = 0; d < run.length; d += kWideSteps) {
+      if (rows_left > 0) {
+        --rows_left;
+        fetch_row(residual);
+        fetch_row(y);
+      }
+      for (int64_t i = 0; i < tile.lines; ++i) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead_too, 0, 2);
+        ahead += kGroup, ahead_too += kGroup;
+      }
+#pragma GCC unroll 8
+      for (int l = 0; l < kWideSteps; ++l) {
+        Vec columns[kWideVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kWideVectors; ++v) {
+          columns[v] = load((v < 2 ? left : right) + v % 2 * kLanes + l * kPanel);
+        }
+        asm("" : "+r"(row));  // as in gemm_tile.inl
+#pragma GCC unroll 6
+        for (int r = 0; r < kWideRows; ++r) {
+          const auto scalar = broadcast(load_word((r < 3 ? a : a3) + r % 3 * row + l));
+#pragma GCC unroll 4
+          for (int v = 0; v < kWideVectors; ++v) {
+            sums[r][v] = multiply_add(sums[r][v], scalar, columns[v]);
+          }
+        }
+      }
+      a += kWideSteps, a3 += kWideSteps;
+      left += kWideSteps * kPanel, right += kWideSteps * kPanel;
+    }
+  }
+
+  if (tile.base) {
+    each([&](int r, int v)
+             __attribute__((always_inline)) { sums[r][v] += load(at(tile.base, r, v)); });
+  }
+  if (tile.sums) {
+    return each([&](int r, int v)
+                    __attribute__((always_inline)) { store(at(tile.sums, r, v), sums[r][v]); });
+  }
+  if (tile.u) {
+    each([&](int r, int v) __attribute__((always_inline)) {
+      store(at(tile.u, r, v), load(at(tile.u, r, v)) + sums[r][v]);
+      sums[r][v] += load(at(tile.w, r, v));
+    });
+  }
+  // A maximum for any activation: jumps for each vector cost tiles of 64 terms 8 %. NaN stays NaN,
+  // as in relu().
+  const __m512 low = _mm512_set1_ps(tile.low);
+  each([&](int r, int v) __attribute__((always_inline)) {
+    store(tile.y.at(r, v), (Vec)_mm512_max_ps(low, (__m512)sums[r][v]));
+  });
+}
+
+// What a convolution must be to end in such tiles, and the bound of its activation.
+template <class Conv>
+bool ends_wide(const Conv& conv) {
+  return conv.activation <= Activation::kRelu && !(conv.residual.data && conv.residual_last);
+}
+template <class Conv>
+float wide_low(const Conv& conv) {
+  return conv.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
+}
+
+// From one pixel of an image as large as the output to the next one, and whether they follow each
+// other.
+template <class Conv, typename T>
+int64_t flat_pixel(const Conv& conv, const Image<T>& image) {
+  return conv.Wo > 1 ? image.pixel : conv.Ho > 1 ? image.row : image.batch;
+}
+template <class Conv, typename T>
+bool is_flat(const Conv& conv, const Image<T>& image) {
+  const int64_t pixel = flat_pixel(conv, image);
+  return (conv.Ho == 1 || image.row == conv.Wo * pixel) &&
+         (conv.N == 1 || image.batch == conv.Ho * conv.Wo * pixel);
+}
+// The same of all that it reads and of all that it adds to and writes.
+template <class Conv>
+bool reads_flat(const Conv& conv) {
+  return conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W &&
+         (!conv.C2 || conv.summand_is_flat());
+}
+template <class Conv>
+bool writes_flat(const Conv& conv) {
+  return is_flat(conv, conv.y) && (!conv.residual.data || is_flat(conv, conv.residual));
+}
