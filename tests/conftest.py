@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastseg import _C
+from fastseg.ops import conv_bn, conv_train
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,6 +73,23 @@ def not_emulated(request: pytest.FixtureRequest) -> None:
     """For tests of what only the CPU kernels can do."""
     if request.config.getoption("--emulate"):
         pytest.skip("the CUDA kernels do not have this")
+
+
+@pytest.fixture
+def smallest_fused(monkeypatch: pytest.MonkeyPatch):
+    """Fuses training steps of any size; smallest_fused(n): those from n multiplications on."""
+
+    def fuse(least: int) -> None:
+        monkeypatch.setattr(conv_train, "SMALLEST_FUSED", least)
+        monkeypatch.setattr(conv_train, "SMALLEST_NORM", 0)
+        conv_train._choose_once.cache_clear()
+        conv_bn._plans.clear()
+
+    fuse(0)
+    yield fuse
+    monkeypatch.undo()
+    conv_train._choose_once.cache_clear()
+    conv_bn._plans.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,8 @@ class Workspace {
     std::swap(block_, other.block_);
     return *this;
   }
+  // Gives the memory back to the system instead of the pool.
+  void release() { std::free(std::exchange(block_, {nullptr, 0}).data); }
   T* data() const { return static_cast<T*>(block_.data); }
   T& operator[](int64_t i) const { return data()[i]; }
 

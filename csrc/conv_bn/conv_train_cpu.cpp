@@ -1,27 +1,23 @@
-// The convolution of a training step and its gradients on the CPU, each by torch or by the engine,
-// whose packing of the weights is then part of the call; of bfloat16 images it multiplies in
-// float32. What the engine computes has the same bits for any number of threads. The gradient of
-// the input is, for each phase of the input modulo the stride, a convolution of dy with the taps
-// that meet it, turned round.
+// A training step on the CPU: a convolution and its gradients, each by torch or by the engine,
+// whose packing of the weights is then part of the call, and around them the passes of
+// bn_act_cpu.cpp. Of bfloat16 images the engine multiplies in float32. What the engine computes has
+// the same bits for any number of threads. The gradient of the input is, for each phase of the
+// input modulo the stride, a convolution of dy with the taps that meet it, turned round.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "common/counters.h"
-#include "common/isa.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "conv_bn/bn_act_cpu.h"
 #include "conv_bn/conv_bn.h"
 #include "conv_bn/conv_weight_gradient.h"
+#include "conv_bn/pixels.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/few_channels.h"
 #include "conv_engine/images.h"
@@ -33,10 +29,10 @@ namespace {
 
 using namespace conv_engine;  // NOLINT: the kernels' own namespace
 
-#define FASTSEG_KERNEL_FILE "conv_bn/conv_train_kernel.inl"
-#include "common/foreach_isa.inl"
-
 constexpr int64_t kTorch = -1;  // instead of one of the engine's tiles
+// Packed weights that stay between calls, 4 MiB. Larger ones would lie beside the other arrays of a
+// step; the page faults that bring them back do not show in its time.
+constexpr int64_t kMostKept = 1 << 20;
 
 // Calls fn(T{}) with the type of the images.
 template <typename Fn>
@@ -62,54 +58,12 @@ Image<T> image_of(T* data, const Tensor& t) {
   return {data, t.stride(0), t.stride(2), t.stride(3)};
 }
 
-// Copies between planes and pixels: torch's moves 1.4 GB/s a core.
-void transpose_images(const Tensor& from, const Tensor& to, bool to_pixels) {
-  constexpr int64_t kBlock = 64;  // pixels
-  const int64_t C = from.size(1), HW = from.size(2) * from.size(3), blocks = ceil_div(HW, kBlock);
-  const float* src = from.const_data_ptr<float>();
-  float* dst = to.mutable_data_ptr<float>();
-  parallel_tasks(from.size(0) * blocks, [&](int64_t task) {
-    const int64_t image = task / blocks * C * HW, first = task % blocks * kBlock;
-    const int64_t count = std::min(kBlock, HW - first);
-    if (to_pixels) {
-      FASTSEG_ISA_CALL(transpose)(src + image + first, HW, C, count, dst + image + first * C, C);
-    } else {
-      FASTSEG_ISA_CALL(transpose)(src + image + first * C, C, count, C, dst + image + first, HW);
-    }
-  });
-}
-
-// t with channel stride 1.
-Tensor pixels_of(const Tensor& t) {
-  if (t.stride(1) == 1 || t.size(1) == 1) return t;
-  if (t.scalar_type() != ScalarType::Float || !t.is_contiguous()) {
-    return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-  }
-  Tensor pixels = empty_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(),
-                              MemoryFormat::ChannelsLast);
-  transpose_images(t, pixels, true);
-  return pixels;
-}
-
-// Dense pixels in that layout.
-Tensor in_layout(const Tensor& pixels, MemoryFormat layout) {
-  if (layout != MemoryFormat::Contiguous || pixels.is_contiguous() ||
-      pixels.scalar_type() != ScalarType::Float) {
-    return dense(pixels, layout);
-  }
-  Tensor planes =
-      empty_image(pixels, {pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)},
-                  pixels.scalar_type(), MemoryFormat::Contiguous);
-  transpose_images(pixels, planes, false);
-  return planes;
-}
-
 // Images, their sizes and the geometry are set; `natural` if the size of y follows from them.
 template <class Conv>
 void run(Conv& conv, const Weights& weights, const float* bias, int64_t tile, bool natural) {
   conv.K = weights.K, conv.C = weights.C, conv.R = weights.R, conv.S = weights.S;
   const int64_t floats = packed_floats(weights, tile);
-  const Workspace<float> packed(floats);
+  Workspace<float> packed(floats);
   pack_weights(weights, bias, tile, packed.data());
   conv.weight = packed.data();
   conv.bias = packed.data() + floats - round_up(conv.K, kPanel);
@@ -124,6 +78,7 @@ void run(Conv& conv, const Weights& weights, const float* bias, int64_t tile, bo
     FASTSEG_COUNT("conv_train.gemm");
     run_gemm(conv);
   }
+  if (floats > kMostKept) packed.release();
 }
 
 void check(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
@@ -292,13 +247,17 @@ std::tuple<Tensor, Tensor> train_conv_backward_cpu(const Tensor& dy, const Tenso
   Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(x, {0});
   const bool own_x = need_x && input_tile != kTorch;
   const bool own_weight = need_weight && weight_tile != kTorch;
-  FASTSEG_CHECK(dy.dim() == 4 && x.dim() == 4, "train_conv: dy and x must have 4 dimensions");
+  FASTSEG_CHECK(dy.dim() == 4 && x.dim() == 4 && weight.dim() == 4,
+                "train_conv: dy, x and weight must have 4 dimensions");
   const Tensor pixels = own_x || own_weight ? pixels_of(dy) : dy;
-  if (own_weight) {  // first: dx would lie beside its scratch memory
+  const auto compute_weight = [&] {
     FASTSEG_CHECK(groups == 1, "train_conv: the engine takes one group, got ", groups);
     dweight = conv_weight_gradient_cpu(pixels, pixels_of(x), weight, stride, padding, dilation,
                                        weight_tile != 0);
-  }
+  };
+  // The smaller result lies beside the scratch memory of the other.
+  const bool weight_first = weight.numel() < x.numel();
+  if (own_weight && weight_first) compute_weight();
   if (own_x) {
     check(x, weight, stride, padding, dilation, groups, input_tile);
     FASTSEG_CHECK(dy.dim() == 4 && dy.scalar_type() == x.scalar_type() && dy.size(0) == x.size(0) &&
@@ -315,7 +274,47 @@ std::tuple<Tensor, Tensor> train_conv_backward_cpu(const Tensor& dy, const Tenso
   torch_convolution_backward(dy, x, weight, stride, padding, dilation, groups,
                              need_x && !own_x ? &dx : nullptr,
                              need_weight && !own_weight ? &dweight : nullptr);
+  if (own_weight && !weight_first) compute_weight();
   return {dx, dweight};
+}
+
+// Moves a running statistic towards `factor` times that of a batch.
+void update_running(const Tensor& running, const Tensor& batch, double factor, double momentum) {
+  FASTSEG_CHECK(running.is_contiguous() && running.numel() == batch.numel(),
+                "train_step: running statistics must be contiguous, of ", batch.numel(),
+                " elements");
+  dispatch_floating(running, "train_step", [&](auto tag) {
+    using T = decltype(tag);
+    T* to = static_cast<T*>(running.mutable_data_ptr());
+    const auto move = [&](const auto* from) {
+      for (int64_t c = 0; c < running.numel(); ++c) {
+        const double old = static_cast<double>(to[c]);
+        to[c] = static_cast<T>(old + momentum * (factor * static_cast<double>(from[c]) - old));
+      }
+    };
+    if (batch.scalar_type() == ScalarType::Double) {
+      move(batch.const_data_ptr<double>());
+    } else {
+      move(batch.const_data_ptr<float>());
+    }
+  });
+}
+
+// A step forward: z = activation(batch norm of y + residual), y the convolution, and the mean and
+// biased variance of y. Moves the running statistics, if they are given.
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_step_cpu(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
+    const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups,
+    double eps, double negative_slope, int64_t tile) {
+  const Tensor y = train_conv_cpu(x, weight, bias, stride, padding, dilation, groups, tile);
+  const auto [z, mean, var] =
+      bn_act_stats_cpu(y, bn_weight, bn_bias, residual, eps, negative_slope);
+  const double count = static_cast<double>(y.size(0) * y.size(2) * y.size(3));
+  if (running_mean) update_running(*running_mean, mean, 1, momentum);
+  if (running_var) update_running(*running_var, var, count / (count - 1), momentum);
+  return {z, y, mean, var};
 }
 
 }  // namespace
@@ -328,10 +327,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "train_conv_backward(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups, int input_tile, int weight_tile, bool need_x, "
       "bool need_weight) -> (Tensor, Tensor)");
+  m.def(
+      "train_step(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float eps, "
+      "float negative_slope, int tile) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("train_conv", TORCH_BOX(&train_conv_cpu));
   m.impl("train_conv_backward", TORCH_BOX(&train_conv_backward_cpu));
+  m.impl("train_step", TORCH_BOX(&train_step_cpu));
 }
 
 }  // namespace fastseg

@@ -6,8 +6,9 @@
 //      plane. Positions whose tap lies outside of the image are left out.
 //   b: [plane][panel][position][kPanel], channels of dy; one plane for all taps
 //   sums: [plane][row][panels * kPanel]
-// Positions are cut into slabs, whose number depends on the shapes alone. A task packs and sums
-// some rows and panels of a plane over a slab by itself; the slabs are added in their order.
+// A task packs and sums some rows and panels of a plane by itself. Where those are too few tasks,
+// positions are cut into slabs, whose number depends on the shapes alone and which are added in
+// their order.
 // For 3x3 kernels also by Winograd's F(3, 4) along both axes (Lavin and Gray 2016, section 4): the
 // positions are tiles of 4x4 outputs, the planes the 36 points of their transforms; a quarter of
 // the multiplications. The points are those of F(4, 3). Tiles come in chunks: threads first
@@ -28,6 +29,7 @@
 #include "common/counters.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "conv_bn/pixels.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/winograd.h"
 
@@ -40,7 +42,7 @@ using namespace conv_engine;  // NOLINT: the kernels' own namespace
 constexpr int64_t kPiece = 192;
 // Distance of panels: a multiple of 4 KB would put a position's channels into one cache set.
 constexpr int64_t kPanelStep = (kPiece + 1) * kPanel;
-constexpr int64_t kFinishedRows = 16;  // of a task
+constexpr int64_t kFinishedRows = 16;  // written at a time
 
 template <typename T>
 struct WeightGradient {
@@ -87,8 +89,8 @@ struct WeightGradient {
 
 struct PackBuffer;  // names scratch memory
 
-// An array that goes back to the allocator: the gradient of the input, which comes next, finds its
-// memory there. From the pool of workspaces 19 MB more would stay, with 256 channels.
+// An array that goes back to the allocator, where the rest of a training step finds its memory.
+// From the pool of workspaces 19 MB more would stay, with 256 channels.
 template <typename Sum>
 class Array {
  public:
@@ -108,44 +110,61 @@ void run_direct(WeightGradient<T> g) {
   using Sum = typename Accumulate<T>::type;
   constexpr int64_t kLongRun = 512;               // copied as fast as any longer one
   constexpr int64_t kMostSums = 2 * 1024 * 1024;  // of all slabs
-  constexpr int64_t kTasks = 48;
+  constexpr int64_t kTasks = 45;
   constexpr int64_t kSlabPositions = 4 * kPiece, kFewestSlabs = 8;
-  constexpr int64_t kTaskPanels = 16;  // what is packed of dy stays in L2 beside x and the sums
+  // What is packed of a task, and its sums if there is one slab, stay in L2.
+  constexpr int64_t kTaskPanels = 16, kTaskRows = 256, kFewestRows = 4 * kMaxRows;
   const bool unit_stride = g.stride_h == 1 && g.stride_w == 1;
   if (unit_stride && g.K < g.C) g.exchange();  // packing a costs `planes` times more
   const bool neighbours = g.dilation_w == 1 && g.x.pixel == g.C && g.S * g.C <= kLongRun;
   g.run = !neighbours ? 1 : g.R * g.S * g.C <= kLongRun ? g.R * g.S : g.S;
   g.planes = g.R * g.S / g.run;
   g.positions = g.N * g.Ho * g.Wo;
-  const int64_t wanted = std::min({ceil_div(kTasks, g.planes), kMostSums / g.sums(),
-                                   std::max(kFewestSlabs, g.positions / kSlabPositions)});
+  // Parts of the panels and of the rows, which do not change sums; a run is packed whole.
+  const int64_t panel_parts = ceil_div(g.panels(), kTaskPanels);
+  const int64_t most_parts = g.run > 1 ? 1 : ceil_div(g.rows(), kFewestRows);
+  const int64_t wanted = g.planes * panel_parts * most_parts >= kTasks
+                             ? 1
+                             : std::min({ceil_div(kTasks, g.planes), kMostSums / g.sums(),
+                                         std::max(kFewestSlabs, g.positions / kSlabPositions)});
   g.slab = round_up(ceil_div(g.positions, std::max<int64_t>(wanted, 1)), kPiece);
   g.slabs = ceil_div(g.positions, g.slab);
-  // Parts of the panels and of the rows, which do not change sums; a run is packed whole.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panel_parts = ceil_div(g.panels(), kTaskPanels);
   const int64_t units = g.slabs * g.planes * panel_parts;
-  const int64_t parts = g.run > 1 ? 1
-                                  : std::clamp<int64_t>(ceil_div(8 * threads, units), 1,
-                                                        ceil_div(g.rows(), 4 * kMaxRows));
-  const Array<Sum> sums(g.slabs * g.sums());
-  const int64_t a_size = kPiece * g.a_step(ceil_div(g.rows(), parts));
+  const int64_t parts =
+      std::min(most_parts, std::max(ceil_div(8 * threads, units), ceil_div(g.rows(), kTaskRows)));
+  const int64_t rows = ceil_div(g.rows(), parts), a_size = kPiece * g.a_step(rows);
+  const int64_t b_size = std::min(kTaskPanels, g.panels()) * kPanelStep;
+  const bool alone = g.slabs == 1;  // a task has all of its sums
+  const int64_t sums_row = std::min(kTaskPanels, g.panels()) * kPanel + kGroup;
+  const Array<Sum> sums(alone ? 0 : g.slabs * g.sums());
   const auto tasks = [&](int phase) {
     return phase == 0 ? units * parts : g.planes * ceil_div(g.rows(), kFinishedRows);
   };
-  parallel_phases(2, tasks, [&](int phase, int64_t task) {
+  parallel_phases(alone ? 1 : 2, tasks, [&](int phase, int64_t task) {
     if (phase == 0) {
       const int64_t part = task % parts, panel_part = task / parts % panel_parts;
-      const int64_t slab_plane = task / parts / panel_parts;
-      Sum* a = scratch<PackBuffer, Sum>(a_size + kTaskPanels * kPanelStep);
-      FASTSEG_ISA_CALL(WeightGradientKernel<T>::sum_slab)(
-          g, slab_plane / g.planes, slab_plane % g.planes, part_begin(g.rows(), parts, part),
-          part_begin(g.rows(), parts, part + 1), part_begin(g.panels(), panel_parts, panel_part),
-          part_begin(g.panels(), panel_parts, panel_part + 1), a, a + a_size, sums.data());
+      const int64_t slab = task / parts / panel_parts / g.planes;
+      const int64_t plane = task / parts / panel_parts % g.planes;
+      const int64_t begin = part_begin(g.rows(), parts, part),
+                    end = part_begin(g.rows(), parts, part + 1);
+      const int64_t first = part_begin(g.panels(), panel_parts, panel_part),
+                    last = part_begin(g.panels(), panel_parts, panel_part + 1);
+      Sum* a = scratch<PackBuffer, Sum>(a_size + b_size + (alone ? rows * sums_row : 0));
+      const int64_t row = alone ? sums_row : g.panels() * kPanel;
+      Sum* to =
+          alone ? a + a_size + b_size
+                : sums.data() + slab * g.sums() + (plane * g.rows() + begin) * row + first * kPanel;
+      FASTSEG_ISA_CALL(WeightGradientKernel<T>::sum_slab)(g, slab, plane, begin, end, first, last,
+                                                          a, a + a_size, to, row);
+      if (alone) {
+        FASTSEG_ISA_CALL(WeightGradientKernel<T>::finish_taps)(g, plane, begin, end, first, last,
+                                                               to, row);
+      }
     } else {
       const int64_t blocks = ceil_div(g.rows(), kFinishedRows),
                     begin = task % blocks * kFinishedRows;
-      FASTSEG_ISA_CALL(WeightGradientKernel<T>::finish_taps)(
+      FASTSEG_ISA_CALL(WeightGradientKernel<T>::finish_slabs)(
           g, task / blocks, begin, std::min(begin + kFinishedRows, g.rows()), sums.data());
     }
   });
@@ -193,11 +212,6 @@ void run_winograd(WeightGradient<float> g) {
           zeros.data(), task < blocks, task < blocks ? a.data() : b.data());
     }
   });
-}
-
-Tensor pixels_of(const Tensor& t) {
-  if (t.stride(1) == 1 || t.size(1) == 1) return t;
-  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
 void check(const Tensor& dy, const Tensor& x, const Tensor& weight, const IntList& stride,

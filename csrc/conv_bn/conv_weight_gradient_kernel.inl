@@ -77,14 +77,13 @@ struct WeightGradientKernel {
   using S = typename Accumulate<T>::type;
   using Gradient = WeightGradient<T>;
 
-  // Rows [begin, end) and panels [first_panel, last_panel) of a plane over one slab; a and b take a
-  // piece of it.
+  // Rows [begin, end) and panels [first_panel, last_panel) of a plane over one slab, to sums with
+  // `row` of them from one row to the next; a and b take a piece of the slab.
   static void sum_slab(const Gradient& g, int64_t slab, int64_t plane, int64_t begin, int64_t end,
-                       int64_t first_panel, int64_t last_panel, S* a, S* b, S* sums) {
+                       int64_t first_panel, int64_t last_panel, S* a, S* b, S* sums, int64_t row) {
     const int64_t first = slab * g.slab, rest = g.positions - first;
     const int64_t last = first + (rest < g.slab ? rest : g.slab);
-    const int64_t step = g.a_step(end - begin), row = g.panels() * kPanel;
-    sums += slab * g.sums() + (plane * g.rows() + begin) * row;
+    const int64_t step = g.a_step(end - begin);
     bool add = false;
     for (int64_t p = first; p < last;) {
       const int64_t count =
@@ -92,14 +91,14 @@ struct WeightGradientKernel {
       if (count == 0) break;
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         outer_tiles(end - begin, panel_columns(g, panel), a, step,
-                    b + (panel - first_panel) * kPanelStep, count, sums + panel * kPanel, row, add);
+                    b + (panel - first_panel) * kPanelStep, count,
+                    sums + (panel - first_panel) * kPanel, row, add);
       }
       add = true;
     }
     if (add) return;
     for (int64_t r = 0; r < end - begin; ++r) {
-      std::memset(sums + r * row + first_panel * kPanel, 0,
-                  (last_panel - first_panel) * kPanel * sizeof(S));
+      std::memset(sums + r * row, 0, (last_panel - first_panel) * kPanel * sizeof(S));
     }
   }
 
@@ -138,26 +137,37 @@ struct WeightGradientKernel {
   }
 
   // Rows [begin, end) of a plane: adds the slabs, first to last, and writes the gradient.
-  static void finish_taps(const Gradient& g, int64_t plane, int64_t begin, int64_t end, S* sums) {
+  static void finish_slabs(const Gradient& g, int64_t plane, int64_t begin, int64_t end, S* sums) {
     const int64_t width = g.panels() * kPanel, size = g.sums();
     sums += (plane * g.rows() + begin) * width;
     for (int64_t slab = 1; slab < g.slabs; ++slab) {
       const S* more = sums + slab * size;
       for (int64_t i = 0; i < (end - begin) * width; ++i) sums[i] += more[i];
     }
+    finish_taps(g, plane, begin, end, 0, g.panels(), sums, width);
+  }
+
+  // Sums of rows [begin, end) and panels [first_panel, last_panel) of a plane to the gradient.
+  static void finish_taps(const Gradient& g, int64_t plane, int64_t begin, int64_t end,
+                          int64_t first_panel, int64_t last_panel, const S* sums, int64_t row) {
+    const int64_t first = first_panel * kPanel, last = last_panel * kPanel;
+    const int64_t columns = (last < g.K ? last : g.K) - first;
     const auto to = [&](int64_t r) {
       const int64_t tap = plane * g.run + r / g.C;
-      return g.tap(tap / g.S, tap % g.S) + r % g.C * g.dw_c;
+      return g.tap(tap / g.S, tap % g.S) + r % g.C * g.dw_c + first * g.dw_k;
     };
-    if (g.dw_k == 1) {
-      for (int64_t r = begin; r < end; ++r, sums += width) narrow(sums, to(r), g.K);
-      return;
-    }
-    T* rows[kFinishedRows];
-    for (int64_t r = begin; r < end; ++r) rows[r - begin] = to(r);
-    for (int64_t k = 0; k < g.K; ++k) {
-      for (int64_t r = 0; r < end - begin; ++r) {
-        rows[r][k * g.dw_k] = static_cast<T>(sums[r * width + k]);
+    for (int64_t r0 = begin; r0 < end; r0 += kFinishedRows, sums += kFinishedRows * row) {
+      const int64_t count = end - r0 < kFinishedRows ? end - r0 : kFinishedRows;
+      if (g.dw_k == 1) {
+        for (int64_t r = 0; r < count; ++r) narrow(sums + r * row, to(r0 + r), columns);
+        continue;
+      }
+      T* rows[kFinishedRows];
+      for (int64_t r = 0; r < count; ++r) rows[r] = to(r0 + r);
+      for (int64_t k = 0; k < columns; ++k) {
+        for (int64_t r = 0; r < count; ++r) {
+          rows[r][k * g.dw_k] = static_cast<T>(sums[r * row + k]);
+        }
       }
     }
   }

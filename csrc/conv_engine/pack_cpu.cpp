@@ -26,6 +26,19 @@ namespace fastseg {
 namespace conv_engine {
 namespace {
 
+// The rows of the weight transform of a pair of tiles.
+struct WeightTransform {
+  static constexpr int kMost = 8;
+  int products;
+  double row[kMost][3];
+
+  template <class Pair>
+  explicit WeightTransform(Pair) : products(Pair::kProducts) {
+    static_assert(Pair::kProducts <= kMost);
+    for (int i = 0; i < products; ++i) Pair::weight_row(i, row[i]);
+  }
+};
+
 #define FASTSEG_KERNEL_FILE "conv_engine/pack_kernel.inl"
 #include "common/foreach_isa.inl"
 
@@ -37,17 +50,17 @@ int64_t panel_index(int64_t d, int64_t column) {
 
 // taps: the length of the k x 1 or 1 x k kernel.
 void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  const auto pack = FASTSEG_ISA_CALL(Winograd1dKernel<Convolution<float, float>>::pack);
+  const auto pack = FASTSEG_ISA_CALL(pack_winograd_line);
   parallel_tasks(ceil_div(C, kGroup),
                  [&](int64_t group) { pack(weight, K, C, taps, group * kGroup, packed); });
 }
 
-template <class Scheme, typename E>
-void pack_winograd(const Weights& weights, E* packed) {
-  const auto pack = FASTSEG_ISA_CALL(pack_winograd_panel<Scheme, E>);
+template <typename E>
+void pack_winograd(const Weights& weights, const WeightTransform& transform, E* packed) {
+  const auto pack = FASTSEG_ISA_CALL(pack_winograd_panel<E>);
   const int64_t groups = ceil_div(weights.C, kLine<E>);
   parallel_tasks(ceil_div(weights.K, kPanel) * groups, [&](int64_t task) {
-    pack(weights, task / groups, task % groups * kLine<E>, packed);
+    pack(weights, transform, task / groups, task % groups * kLine<E>, packed);
   });
 }
 
@@ -126,7 +139,8 @@ void pack_weight(const Weights& weights, int64_t tile, int64_t strassen, E* pack
   } else if (tile == kLineTile) {
     if constexpr (std::is_same_v<E, float>) pack_winograd_1d(weights.data, K, C, taps, packed);
   } else {
-    dispatch_tile<E>(tile, [&](auto scheme) { pack_winograd<decltype(scheme)>(weights, packed); });
+    dispatch_tile<E>(tile,
+                     [&](auto pair) { pack_winograd(weights, WeightTransform(pair), packed); });
   }
 }
 

@@ -4,7 +4,5 @@
 #include "conv_engine/transpose.inl"
 #include "conv_engine/pack_gemm.inl"
 #include "conv_engine/pack_winograd.inl"
-#include "conv_engine/winograd_transform.inl"
-#include "conv_engine/winograd_1d.inl"
 #include "conv_engine/kernel_end.inl"
 // clang-format on

@@ -1,23 +1,25 @@
+// Weights to the forms of WinogradKernel and Winograd1dKernel.
+
 // Channels [first, first + kLine) of one panel of 3x3 weights to the form of WinogradKernel,
 // padding included. Output channels are the lanes.
-template <class Pair, typename E>
-static void pack_winograd_panel(const Weights& weights, int64_t panel, int64_t first, E* packed) {
-  constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
-  double g[kProducts][3];
-  for (int i = 0; i < kProducts; ++i) Pair::weight_row(i, g[i]);
+template <typename E>
+static void pack_winograd_panel(const Weights& weights, const WeightTransform& transform,
+                                int64_t panel, int64_t first, E* packed) {
+  const int products = transform.products;
+  const auto& g = transform.row;
   const int64_t K = weights.K, C = weights.C;
   const int64_t panels = ceil_div(K, kPanel), columns = K - panel * kPanel;
   const int64_t piece = first / kWinogradPiece * kWinogradPiece;
   const int64_t rest = round_up(C, kLine<E>) - piece;
   const int64_t depth = rest < kWinogradPiece ? rest : kWinogradPiece;
-  packed += (piece * kPoints * panels + panel * depth) * kPanel;
+  packed += (piece * products * products * panels + panel * depth) * kPanel;
   for (int64_t c = first; c < first + kLine<E>; ++c) {
-    double w[9][kPanel] = {}, half[kProducts][3][kPanel];
+    double w[9][kPanel] = {}, half[WeightTransform::kMost][3][kPanel];
     for (int64_t k = 0; k < kPanel && k < columns && c < C; ++k) {
       const float* from = weights.at(panel * kPanel + k, c);
       for (int tap = 0; tap < 9; ++tap) w[tap][k] = from[tap / 3 * weights.r + tap % 3 * weights.s];
     }
-    for (int i = 0; i < kProducts; ++i) {
+    for (int i = 0; i < products; ++i) {
       for (int s = 0; s < 3; ++s) {
         for (int k = 0; k < kPanel; ++k) {
           half[i][s][k] = g[i][0] * w[s][k] + g[i][1] * w[3 + s][k] + g[i][2] * w[6 + s][k];
@@ -26,13 +28,50 @@ static void pack_winograd_panel(const Weights& weights, int64_t panel, int64_t f
     }
     const int64_t d = c - piece;
     E* dst = packed + (d / kPerWord<E> * kPanel) * kPerWord<E> + d % kPerWord<E>;
-    for (int i = 0; i < kProducts; ++i) {
-      for (int j = 0; j < kProducts; ++j, dst += depth * panels * kPanel) {
+    for (int i = 0; i < products; ++i) {
+      for (int j = 0; j < products; ++j, dst += depth * panels * kPanel) {
         for (int k = 0; k < kPanel; ++k) {
           const double u =
               g[j][0] * half[i][0][k] + g[j][1] * half[i][1][k] + g[j][2] * half[i][2][k];
           dst[k * kPerWord<E>] = static_cast<E>(static_cast<float>(u));
         }
+      }
+    }
+  }
+}
+
+// Channels [first, first + kGroup) of weights (K, C, taps) to the form of Winograd1dKernel, padding
+// included. Points are the lanes here: a point by itself would gather its taps one by one.
+static void pack_winograd_line(const float* weight, int64_t K, int64_t C, int64_t taps,
+                               int64_t first, float* packed) {
+  using Scheme = Winograd<5, 5>;
+  constexpr int kProducts = Scheme::kProducts, kPoints = 16;  // padded
+  double rows[5][kPoints] = {};
+  for (int i = 0; i < kProducts; ++i) {
+    double row[5];
+    Scheme::weight_row(i, row);
+    for (int j = 0; j < 5; ++j) rows[j][i] = row[j];
+  }
+  const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    float* panel = packed + column * kProducts * depth;
+    for (int64_t c = first; c < first + kGroup; ++c) {
+      alignas(64) float u[kPanel][kPoints] = {};
+      for (int64_t i = 0; i < kPanel && column + i < columns && c < C; ++i) {
+        const int64_t k = (column + i) % K, tap = (column + i) / K * 5;
+        const float* w = weight + (k * C + c) * taps + tap;
+        double sums[kPoints] = {};
+        for (int64_t j = 0; j < (taps - tap < 5 ? taps - tap : 5); ++j) {
+#pragma GCC unroll 16
+          for (int point = 0; point < kPoints; ++point) sums[point] += rows[j][point] * w[j];
+        }
+        for (int point = 0; point < kPoints; ++point) {
+          u[i][point] = static_cast<float>(sums[point]);
+        }
+      }
+      for (int point = 0; point < kProducts; ++point) {
+        float* dst = panel + (point * depth + c) * kPanel;
+        for (int64_t i = 0; i < kPanel; ++i) dst[i] = u[i][point];
       }
     }
   }

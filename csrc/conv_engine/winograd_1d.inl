@@ -48,42 +48,6 @@ struct Winograd1dKernel {
     return most;
   }
 
-  // Channels [first, first + kGroup) of the weights (K, C, taps) to their packed form, padding
-  // included. Points are the lanes here: a point by itself would gather its taps one by one.
-  static void pack(const float* weight, int64_t K, int64_t C, int64_t taps, int64_t first,
-                   float* packed) {
-    constexpr int kPoints = 16;  // kProducts, padded
-    double rows[5][kPoints] = {};
-    for (int i = 0; i < kProducts; ++i) {
-      double row[5];
-      Scheme::weight_row(i, row);
-      for (int j = 0; j < 5; ++j) rows[j][i] = row[j];
-    }
-    const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
-    for (int64_t column = 0; column < columns; column += kPanel) {
-      float* panel = packed + column * kProducts * depth;
-      for (int64_t c = first; c < first + kGroup; ++c) {
-        alignas(64) float u[kPanel][kPoints] = {};
-        for (int64_t i = 0; i < kPanel && column + i < columns && c < C; ++i) {
-          const int64_t k = (column + i) % K, tap = (column + i) / K * 5;
-          const float* w = weight + (k * C + c) * taps + tap;
-          double sums[kPoints] = {};
-          for (int64_t j = 0; j < (taps - tap < 5 ? taps - tap : 5); ++j) {
-#pragma GCC unroll 16
-            for (int point = 0; point < kPoints; ++point) sums[point] += rows[j][point] * w[j];
-          }
-          for (int point = 0; point < kPoints; ++point) {
-            u[i][point] = static_cast<float>(sums[point]);
-          }
-        }
-        for (int point = 0; point < kProducts; ++point) {
-          float* dst = panel + (point * depth + c) * kPanel;
-          for (int64_t i = 0; i < kPanel; ++i) dst[i] = u[i][point];
-        }
-      }
-    }
-  }
-
  private:
   using Scheme = Winograd<5, 5>;
   static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;

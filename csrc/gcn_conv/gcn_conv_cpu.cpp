@@ -19,6 +19,8 @@
 #include "common/parallel.h"
 #include "conv_bn/conv_bn.h"
 #include "conv_engine/conv_engine.h"
+#include "conv_engine/pack.h"
+#include "conv_engine/tiles.h"
 #include "conv_engine/winograd.h"
 #include "gcn_conv/gcn_conv.h"
 
@@ -48,7 +50,14 @@ struct FirstConv : Conv {
 
 constexpr bool kVertical[] = {true, false, false, true};
 
-// The packed form of all weights: those of the stages, then their biases.
+// Contiguous weights of a stage.
+Weights stage_weights(const GlobalConv& g, int stage, const float* data) {
+  const int64_t C = stage == kL1 || stage == kR1 ? g.C : g.K;
+  const int64_t R = kVertical[stage] ? g.taps : 1, S = kVertical[stage] ? 1 : g.taps;
+  return {data, g.K, C, R, S, C * g.taps, g.taps, S, 1};
+}
+
+// The packed form of all weights, the bias of a stage behind its weights.
 struct Packing {
   std::array<int64_t, 4> weight, bias;  // offsets
   int64_t size = 0;
@@ -56,12 +65,8 @@ struct Packing {
   explicit Packing(const GlobalConv& g) {
     for (int stage : {kL1, kL2, kR1, kR2}) {
       weight[stage] = size;
-      const int64_t depth = round_up(stage == kL1 || stage == kR1 ? g.C : g.K, kGroup);
-      size += round_up(ceil_div(g.taps, 5) * g.K, kPanel) * Winograd<5, 5>::kProducts * depth;
-    }
-    for (int stage : {kL1, kL2, kR1, kR2}) {
-      bias[stage] = size;
-      size += round_up(g.K, kPanel);
+      size += packed_floats(stage_weights(g, stage, nullptr), kLineTile);
+      bias[stage] = size - round_up(g.K, kPanel);
     }
   }
 };
@@ -70,20 +75,14 @@ using Stages = std::array<Tensor, 4>;
 
 void pack(const GlobalConv& g, const Stages& weights, const Stages& biases, float* packed) {
   const Packing packing(g);
-  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::pack);
-  std::fill(packed + packing.bias[kL1], packed + packing.size, 0.f);
   for (int stage : {kL1, kL2, kR1, kR2}) {
-    const int64_t channels = weights[stage].size(1);
-    check_stage(g, weights[stage], biases[stage], channels, kVertical[stage]);
+    check_stage(g, weights[stage], biases[stage], weights[stage].size(1), kVertical[stage]);
     const Tensor weight =
         torch::stable::contiguous(torch::stable::to(weights[stage], ScalarType::Float));
     const Tensor bias =
         torch::stable::contiguous(torch::stable::to(biases[stage], ScalarType::Float));
-    const float* src = weight.const_data_ptr<float>();
-    parallel_tasks(ceil_div(channels, kGroup), [&](int64_t group) {
-      kernel(src, g.K, channels, g.taps, group * kGroup, packed + packing.weight[stage]);
-    });
-    std::copy_n(bias.const_data_ptr<float>(), g.K, packed + packing.bias[stage]);
+    pack_weights(stage_weights(g, stage, weight.const_data_ptr<float>()),
+                 bias.const_data_ptr<float>(), kLineTile, packed + packing.weight[stage]);
   }
 }
 

@@ -21,9 +21,6 @@ from .packed import SIZES, PackedConv2d, unsupported
 # its checks cost more than the convolution gains, at 9 million (64x64) NCHW input still loses by
 # its two conversions of the layout, at 156 million (64 channels, 65x65) every layout gains.
 SMALLEST_PACKED = 30_000_000
-# The same of a training step: at 0.6 million torch's three operators take 0.15 ms, one of ours with
-# its checks 0.27 ms; from 4 million on (32 channels, 65x65, 1x1) ours is faster.
-SMALLEST_FUSED = 4_000_000
 
 
 @dataclass
@@ -123,7 +120,7 @@ class ConvBNReLU2d(nn.Module):
         plain = is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)
         # Compilers for the CPU fold and fuse what they know.
         known = torch.compiler.is_compiling() and x.device.type == "cpu" and not bn.training
-        if known or not plain or (residual is None and self._too_small(x)):
+        if known or not plain:
             return _unfused(self, x, residual)
         if bn.training or bn.running_mean is None:
             update = bn.training and bn.track_running_stats
@@ -259,22 +256,6 @@ class ConvBNReLU2d(nn.Module):
         if shape is None or (residual is not None and residual.shape != shape):
             return None
         return packed
-
-    def _too_small(self, x: Tensor) -> bool:
-        """Whether a training step takes less time in torch's operators."""
-        return (
-            self.bn.training
-            and not self.synchronized
-            and x.device.type == "cpu"
-            and x.dim() == 4
-            and x.shape[1] == self.conv.in_channels
-            and x.numel() > 0
-            and x.shape[0] * x.shape[2] * x.shape[3] * self.conv.weight.numel() < SMALLEST_FUSED
-            and x.dtype == self.conv.weight.dtype == torch.float32
-            and self.accuracy in ("default", "strict")
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.are_deterministic_algorithms_enabled()
-        )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}  # copies and pickles fold anew

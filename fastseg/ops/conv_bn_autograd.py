@@ -95,9 +95,3 @@ def _conv_bn_act_backward(ctx, dz, *_):
 torch.library.register_autograd(
     "fastseg::conv_bn_act", _conv_bn_act_backward, setup_context=_conv_bn_act_setup
 )
-
-
-@torch.library.register_fake("fastseg::bn_act_stats")
-def _(y, bn_weight, bn_bias, residual, eps, slope):
-    stats = [y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2)]
-    return torch.empty_like(y), *stats

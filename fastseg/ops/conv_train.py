@@ -1,6 +1,11 @@
 """The training step on the CPU: each of a convolution and its two gradients by the convolution
 engine or by torch, whichever is faster. The engine packs the weights in every call; what it
-computes has the same bits for any number of threads."""
+computes has the same bits for any number of threads.
+
+Memory: from forward to backward a layer keeps its input and the convolution's output, neither that
+of the batch norm nor a mask. Between steps stay packed weights of up to 4 MiB a layer, in the pool
+of workspaces, which holds 256 MiB at most; and per thread a buffer for each kind of kernel that
+ran, the largest for transformed tiles: up to eight times the second-level cache."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,14 +18,22 @@ from .. import _C
 from ._conv_options import output_size
 from ._layout import empty_image
 from .conv_act import channel_sums
-from .conv_bn_autograd import bn_gradients
+from .conv_bn_autograd import stats_dtype
 from .conv_choice import TILES, winograd_products
 
 TORCH = -1  # instead of a tile
 DIRECT = 13.0  # time of a direct convolution, multiplications per pixel and pair of channels
 PACK = 190.0  # that a transformed weight takes to be made and read, in multiplications
-MOST_PACKED = 8 << 20  # transformed weights, 32 MiB: with 75 the peak memory is above torch's
+MOST_PACKED = 4 << 20  # transformed weights beside small images: more, and memory is above torch's
+LEAST_TURNED = 32  # channels from which on NCHW images are turned into pixels
 LARGE = 500_000  # weights from which on the engine's matrix product waits for them
+
+
+# Multiplications of a convolution, or values of a batch norm around torch's convolution, below
+# which a step takes less time in torch's operators: behind other layers, which leave its code and
+# objects out of the caches, an autograd function written in Python takes some 0.1 ms each way.
+SMALLEST_FUSED = 4_000_000
+SMALLEST_NORM = 300_000
 
 
 class TrainingKernels(NamedTuple):
@@ -30,6 +43,9 @@ class TrainingKernels(NamedTuple):
     forward: int
     input_gradient: int
     weight_gradient: int
+
+
+UNFUSED = TrainingKernels(-2, -2, -2)  # convolution, batch norm and activation by torch
 
 
 def training_kernels(
@@ -50,7 +66,8 @@ def training_kernels(
     (0.8 to 0.95 of its speed). The weights' gradient is by F(3, 4) where its sums stay in cache,
     else by direct sums, in any dtype. NCHW images are converted only for Winograd's algorithm. Of
     bfloat16 the engine multiplies in float32, which is twice as fast where bfloat16 dot products
-    are not (``fastseg._C.bf16_products()``). torch trains in other dtypes and in groups.
+    are not (``fastseg._C.bf16_products()``). torch trains in other dtypes and in groups, and small
+    float32 layers altogether (``UNFUSED``).
 
     ``torch.use_deterministic_algorithms(True)`` takes the engine wherever it can compute.
     """
@@ -79,6 +96,30 @@ def _choose(
     strict: bool,
     deterministic: bool,
 ) -> TrainingKernels:
+    kernels = _choose_parts(
+        x, weight, geometry, groups, dtype, channels_last, strict, deterministic
+    )
+    if dtype != torch.float32 or deterministic:
+        return kernels
+    Ho, Wo = output_size(x[2:], weight[2:], *geometry)
+    values = x[0] * weight[0] * Ho * Wo
+    by_torch = kernels == (TORCH, TORCH, TORCH)
+    if values * weight[1] * weight[2] * weight[3] < SMALLEST_FUSED:
+        return UNFUSED
+    return UNFUSED if by_torch and values < SMALLEST_NORM else kernels
+
+
+def _choose_parts(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    strict: bool,
+    deterministic: bool,
+) -> TrainingKernels:
+    """The same for a step that is fused."""
     K, C = weight[:2]
     slow_bfloat16 = dtype == torch.bfloat16 and not _C.bf16_products()
     if groups != 1 or min(x[1:]) == 0 or K == 0:
@@ -94,7 +135,7 @@ def _choose(
     back = _convolution_kernel(x[0], K, C, weight[2:], size, x[2:], geometry, strict)
     if deterministic:
         forward, back = max(forward, 0), max(back, 0)
-    elif not channels_last and forward <= 0 and back <= 0:
+    elif not channels_last and (min(C, K) < LEAST_TURNED or (forward <= 0 and back <= 0)):
         return TrainingKernels(TORCH, TORCH, TORCH)
     return TrainingKernels(
         forward, back, _gradient_kernel(x[0], C, K, weight[2:], size, geometry, dtype, strict)
@@ -119,12 +160,13 @@ def _convolution_kernel(
         return direct
     if any(p > 2 * d for p, d in zip(padding, dilation, strict=True)):
         return direct
+    images = N * (C * size[0] * size[1] + K * output[0] * output[1])
     inside = 1.0  # share of the taps, of which torch leaves out some
     for n, d in zip(output, dilation, strict=True):
         inside *= (n + 2 * max(n - d, 0)) / (3 * n)
     cost = {direct: DIRECT * N * output[0] * output[1] * max(inside, 0.8)}
     for tile in (2,) if strict else (2, 4):
-        if TILES[tile][3] ** 2 * C * K > MOST_PACKED:
+        if TILES[tile][3] ** 2 * C * K > max(MOST_PACKED, images):
             continue
         products, _ = winograd_products(output, dilation, tile)
         cost[tile] = N * products * (1 + 12 / C + 12 / K) + PACK * TILES[tile][3] ** 2
@@ -158,7 +200,9 @@ _choose_once = lru_cache(4096)(_choose)
 
 class TrainingStep(torch.autograd.Function):
     """``activation(batch_norm(conv2d(x, weight, bias)) + residual)`` with the statistics of the
-    batch: (z, mean, variance), of which z is differentiable once."""
+    batch: (z, mean, variance), of which z is differentiable once. ``running``: the running mean and
+    variance that it moves, or None, and the momentum; ``options``: stride, padding, dilation,
+    groups, eps, slope of the activation."""
 
     # With setup_context apply() inspects the signature in every call, 60 us.
     @staticmethod
@@ -170,19 +214,16 @@ class TrainingStep(torch.autograd.Function):
         bn_weight: Tensor | None,
         bn_bias: Tensor | None,
         residual: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        eps: float,
-        slope: float,
-        tile: int,
-        *gradient_tiles: int,
+        running: tuple[Tensor | None, Tensor | None, float],
+        options: tuple[Sequence[int], Sequence[int], Sequence[int], int, float, float],
+        kernels: TrainingKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        geometry = (stride, padding, dilation, groups)
-        y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, tile)
-        z, mean, var = torch.ops.fastseg.bn_act_stats(y, bn_weight, bn_bias, residual, eps, slope)
-        ctx.geometry, ctx.eps, ctx.slope, ctx.gradient_tiles = geometry, eps, slope, gradient_tiles
+        tile, *gradient_tiles = kernels
+        z, y, mean, var = torch.ops.fastseg.train_step(
+            x, weight, bias, bn_weight, bn_bias, residual, *running, *options, tile
+        )
+        slope = options[-1]
+        ctx.options, ctx.gradient_tiles = options, gradient_tiles
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         # Neither z nor a mask: the backward recomputes the sign from y. With no activation the
@@ -196,37 +237,54 @@ class TrainingStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, *_):
         x, weight, y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
-        nothing = (None,) * 9
+        nothing = (None,) * 3
         if dz is None:
             return *(None,) * 6, *nothing
-        dy, *rest = bn_gradients(ctx, dz, y, mean, var, bn_weight, bn_bias, residual)
-        del y, dz  # dy takes their memory
+        if not torch.compiler.is_compiling():
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained: y goes first
+        *geometry, groups, eps, slope = ctx.options
+        dy, dbn_weight, dbn_bias, dresidual = torch.ops.fastseg.bn_act_backward(
+            dz, y, mean, var, bn_weight, bn_bias, residual, eps, slope
+        )
+        del y
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = dweight = dbias = None
         if torch.is_grad_enabled():  # for second derivatives, which torch's op has
-            grads = torch.ops.aten.convolution_backward(
+            dx, dweight, dbias = torch.ops.aten.convolution_backward(
                 dy,
                 x,
                 weight,
                 [weight.shape[0]],
-                *ctx.geometry[:3],
+                *geometry,
                 False,
                 [0, 0],
-                ctx.geometry[3],
+                groups,
                 [need_x, need_weight, need_bias],
             )
-            return *grads, *rest, *nothing
-        dx = dweight = None
-        if need_x or need_weight:
-            dx, dweight = torch.ops.fastseg.train_conv_backward(
-                dy, x, weight, *ctx.geometry, *ctx.gradient_tiles, need_x, need_weight
-            )
+        else:
+            if need_x or need_weight:
+                dx, dweight = torch.ops.fastseg.train_conv_backward(
+                    dy, x, weight, *geometry, groups, *ctx.gradient_tiles, need_x, need_weight
+                )
+            if need_bias:
+                dbias = channel_sums(dy)
+        if residual is None:
+            dresidual = dz if ctx.with_residual else None
         return (
             dx if need_x else None,
             dweight if need_weight else None,
-            channel_sums(dy) if need_bias else None,
-            *rest,
+            dbias,
+            _like(dbn_weight, bn_weight),
+            _like(dbn_bias, bn_bias),
+            dresidual,
             *nothing,
         )
+
+
+def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    if parameter is None or parameter.dtype == gradient.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)
 
 
 def conv_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -246,6 +304,14 @@ def _(x, weight, bias, stride, padding, dilation, groups, tile):
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = x.new_empty(x.shape[0], weight.shape[0], *size)
     return y.contiguous(memory_format=conv_format(x, weight))
+
+
+@torch.library.register_fake("fastseg::train_step")
+def _(x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var, momentum, *options):
+    *geometry, groups, _, _, tile = options
+    y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, groups, tile)
+    stats = [y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2)]
+    return torch.empty_like(y), y, *stats
 
 
 @torch.library.register_fake("fastseg::train_conv_backward")

@@ -204,8 +204,10 @@ def emulated_ops() -> Iterator[Emulator]:
         library.impl(name, kernel, "CPU", allow_override=True)
     training_kernels = conv_bn.training_kernels
     conv_bn.training_kernels = lambda *_: None  # as on CUDA: no training by the CPU's engine
+    conv_bn._plans.clear()
     try:
         yield emulator
     finally:
         conv_bn.training_kernels = training_kernels
+        conv_bn._plans.clear()
         library._destroy()

@@ -14,10 +14,7 @@ import fastseg.nn.conv_bn as conv_bn
 from fastseg.nn import ConvBNReLU2d
 from tests.conftest import assert_as_accurate
 
-
-@pytest.fixture(autouse=True)
-def _fuse_small_steps(monkeypatch):
-    monkeypatch.setattr(conv_bn, "SMALLEST_FUSED", 0)
+pytestmark = pytest.mark.usefixtures("smallest_fused")
 
 
 def make(**options):
@@ -291,10 +288,10 @@ def test_export():
     torch.testing.assert_close(program.module()(more), model(more))
 
 
-def test_small_steps(monkeypatch):
+def test_small_steps(smallest_fused):
     """They run unfused, and give the same."""
     torch.manual_seed(0)
-    monkeypatch.setattr(conv_bn, "SMALLEST_FUSED", 2 * 9 * 8 * 6 * 4 * 9 + 1)
+    smallest_fused(2 * 9 * 8 * 6 * 4 * 9 + 1)
     x = torch.randn(2, 4, 9, 8)
     for activation in ("relu", "leaky_relu", "none"):
         layer = make(activation=activation)
@@ -313,6 +310,32 @@ def test_small_steps(monkeypatch):
             torch.use_deterministic_algorithms(False)
         with pytest.raises(ValueError, match="channels must be"):
             layer(torch.zeros(1, 3, 9, 8))
+
+
+def test_steps_of_several_sizes(smallest_fused):
+    """One layer, in one graph small enough for torch's operators and not: as heads share it."""
+    torch.manual_seed(0)
+    smallest_fused(9 * 8 * 6 * 4 * 9 + 1)
+    layer = make()
+    plain = plain_copy(layer)
+    images = [torch.randn(1, 4, 9, 8), torch.randn(1, 4, 18, 16), torch.randn(1, 4, 9, 8)]
+    for module in (layer, plain):
+        sum(module(x).square().mean() for x in images).backward()
+    for one, two in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    for one, two in zip(layer.bn.buffers(), plain.bn.buffers(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("least", [0, 10**9])
+def test_folds_anew_after_a_step(least, smallest_fused):
+    """Also where that changed nothing but the running statistics."""
+    smallest_fused(least)
+    layer, x = make(), torch.randn(1, 4, 9, 8)
+    with torch.no_grad():
+        layer.eval()(x)
+        layer.train()(x + 1)
+        torch.testing.assert_close(layer.eval()(x), plain_copy(layer)(x))
 
 
 def test_errors():

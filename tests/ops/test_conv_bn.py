@@ -11,6 +11,8 @@ from torch.library import opcheck
 from fastseg.ops import conv_act, conv_bn_act, conv_bn_act_reference, fold_bn
 from tests.conftest import assert_as_accurate
 
+pytestmark = pytest.mark.usefixtures("smallest_fused")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 # (N, C_in, H, W), C, options

@@ -9,7 +9,7 @@ from fastseg.nn import ConvBNReLU2d
 from fastseg.ops import conv_bn_act, conv_bn_act_reference
 from fastseg.ops.conv_train import TORCH, training_kernels
 
-pytestmark = pytest.mark.usefixtures("not_emulated")
+pytestmark = pytest.mark.usefixtures("not_emulated", "smallest_fused")
 
 LAST = torch.channels_last
 ONE = (1, 1)
@@ -223,9 +223,8 @@ def test_some_gradients():
     ],
     ids=str,
 )
-def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads, monkeypatch):
+def test_same_bits_with_any_thread_count(kernel, stride, layout, tile, threads):
     """Of everything that a step of a layer computes."""
-    monkeypatch.setattr("fastseg.nn.conv_bn.SMALLEST_FUSED", 0)
     layer = ConvBNReLU2d(40, 36, kernel, stride=stride, padding=kernel // 2, bias=True)
     x = torch.randn(2, 40, 33, 32).contiguous(memory_format=layout).requires_grad_()
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
@@ -256,9 +255,11 @@ def test_operator_registration():
             tiles = (tile, tile, True, tile != 0)
             arguments = (torch.randn(1, 33, 9, 8), x, weight, *geometry, *tiles)
             opcheck(torch.ops.fastseg.train_conv_backward.default, arguments, test_utils=tests)
-    y, scale = torch.randn(2, 33, 5, 6).contiguous(memory_format=LAST), torch.randn(33)
-    statistics = torch.ops.fastseg.bn_act_stats.default
-    opcheck(statistics, (y, scale, None, None, 1e-5, 0.0), test_utils=tests)
+            norm = (torch.randn(33), None, torch.randn(1, 33, 9, 8))
+            running = (torch.randn(33), torch.rand(33), 0.1)
+            options = (*geometry, 1e-5, 0.0)
+            arguments = (x, weight, None, *norm, *running, *options, tile)
+            opcheck(torch.ops.fastseg.train_step.default, arguments, test_utils=tests)
 
 
 def test_errors():

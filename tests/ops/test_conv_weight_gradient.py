@@ -19,6 +19,8 @@ CASES = [  # N, C, H, W, K, kernel, stride, padding, dilation
     (1, 8, 17, 16, 9, (1, 5), (1, 3), (0, 6), (1, 2)),  # kernel wholly in the padding at the ends
     (1, 300, 40, 30, 64, (1, 1), (1, 1), (0, 0), (1, 1)),  # several chunks
     (3, 1, 1, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (1, 330, 7, 8, 600, (3, 3), (1, 1), (2, 2), (2, 2)),  # parts of rows and of panels
+    (2, 530, 6, 5, 290, (3, 3), (2, 1), (3, 1), (3, 1)),
 ]
 WINOGRAD = [  # N, C, H, W, K, padding, dilation
     (2, 33, 14, 13, 40, (1, 1), (1, 1)),
@@ -53,13 +55,17 @@ def gradient(*arguments):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 def test_direct(shape, dtype, cpu_isa):
-    arguments = case(*shape, dtype=dtype)
+    arguments = [*case(*shape, dtype=dtype)]
     right = exact(*arguments)
     # Sums in float32 (of float64 in float64) of at most 1200 products, rounded to dtype.
     wide = torch.promote_types(dtype, torch.float32)
     allowed = 16 * torch.finfo(wide).eps + (torch.finfo(dtype).eps if dtype != wide else 0)
     grad = gradient(*arguments)
     assert grad.dtype == dtype
+    assert (grad.double() - right).abs().max() <= allowed * right.abs().max()
+    arguments[2] = arguments[2].contiguous(memory_format=LAST)
+    grad = gradient(*arguments)
+    assert grad.stride() == arguments[2].stride()
     assert (grad.double() - right).abs().max() <= allowed * right.abs().max()
 
 

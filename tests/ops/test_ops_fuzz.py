@@ -24,6 +24,8 @@ from fastseg.ops.max_unpool import max_pool2d_reference, max_unpool2d_reference
 from fastseg.ops.upsample import upsample_softmax_reference
 from tests.ops.test_conv_engine_fuzz import geometry, layout, odds
 
+pytestmark = pytest.mark.usefixtures("smallest_fused")
+
 CASES = int(os.environ.get("FASTSEG_FUZZ_CASES", "100"))
 BLOCKS = 4
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -1,4 +1,4 @@
-// The kernel of conv_train_cpu.cpp, compiled once per instruction set.
+// The kernel of pixels_cpu.cpp, compiled once per instruction set.
 // clang-format off: each builds on the ones before
 #include "conv_engine/kernel_begin.inl"
 #include "conv_engine/transpose.inl"
