@@ -29,6 +29,7 @@ WINOGRAD = [  # N, C, H, W, K, padding, dilation
     (1, 36, 33, 40, 35, (2, 6), (1, 3)),
     (4, 128, 48, 48, 64, (2, 2), (2, 2)),  # several chunks
     (1, 1, 3, 3, 1, (0, 0), (1, 1)),
+    (1, 330, 14, 13, 170, (1, 1), (1, 1)),  # channels that no vector divides
 ]
 
 
