@@ -64,12 +64,11 @@ def training_kernels(
     alone is allowed for ``accuracy="strict"``; below that its weights take longer to be
     transformed. The matrix product is on a par with torch's, until there are half a million weights
     (0.8 to 0.95 of its speed). The weights' gradient is by F(3, 4) where its sums stay in cache,
-    else by direct sums, in any dtype. NCHW images are converted only for Winograd's algorithm, from 32 channels on. Transformed
-    weights take no more memory than the images or 16 MiB: with more, the peak of a step was above
-    torch's. Of
-    bfloat16 the engine multiplies in float32, which is twice as fast where bfloat16 dot products
-    are not (``fastseg._C.bf16_products()``). torch trains in other dtypes and in groups, and small
-    float32 layers altogether (``UNFUSED``).
+    else by direct sums, in any dtype. NCHW images are converted only for Winograd's algorithm, from
+    32 channels on. Transformed weights take no more memory than the images, or 16 MiB: with more
+    the peak of a step was above torch's. Of bfloat16 the engine multiplies in float32, which is
+    twice as fast where bfloat16 dot products are not (``fastseg._C.bf16_products()``). torch trains
+    in other dtypes and in groups, and small float32 layers altogether (``UNFUSED``).
 
     ``torch.use_deterministic_algorithms(True)`` takes the engine wherever it can compute.
     """
