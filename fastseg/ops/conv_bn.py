@@ -1,23 +1,18 @@
 """Convolution + batch norm + activation + residual: what segmentation networks are made of."""
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import conv_bn_autograd as _autograd  # noqa: F401  registers fakes and gradients
-from ._conv_options import (
-    Geometry,
-    IntPair,
-    allows_tf32,
-    check_convolution,
-    op_arguments,
-    slope_of,
-)
+from ._conv_options import IntPair, check_convolution, op_arguments, slope_of
 from .conv_act import conv_with_epilogue, fold_bn
-from .conv_train import TORCH, UNFUSED, TrainingKernels, TrainingStep, training_kernels
+from .conv_step import StepPlan, torch_takes, train
+from .conv_train import TORCH, UNFUSED, TrainingKernels, training_kernels
+
+# By the signature of calls that were checked.
+_plans: dict[tuple, StepPlan] = {}
+MOST_PLANS = 4096
 
 
 def conv_bn_act(
@@ -93,6 +88,7 @@ def conv_bn_act(
         and x.is_cpu
         and list not in (type(stride), type(padding), type(dilation))
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     ):
         # Behind the convolution of another layer, whose data filled the caches, the checks and
         # choices below take 0.1 ms.
@@ -100,11 +96,12 @@ def conv_bn_act(
             *[None if t is None else (t.shape, t.dtype) for t in tensors],
             *(x.stride(), weight.stride()),
             *(stride, padding, dilation, groups, activation, negative_slope, accuracy),
+            isinstance(momentum, Tensor),
             torch.are_deterministic_algorithms_enabled(),
         )
-        plan = None if torch.compiler.is_compiling() else _plans.get(signature)
+        plan = _plans.get(signature)
         if plan is not None:
-            return _train(*tensors, momentum, eps, plan)
+            return train(*tensors, momentum, eps, plan)
     check_convolution(
         x, weight, bias, stride, padding, dilation, groups, activation, negative_slope
     )
@@ -142,132 +139,14 @@ def conv_bn_act(
         return F.conv2d(x, weight, bias, *geometry, groups)
     kernels = training_kernels(x, weight, *geometry, groups, accuracy)
     norm = (bn_weight, bn_bias, running_mean, running_var)
-    if kernels == UNFUSED and not _torch_takes(x, *norm, momentum):
+    if kernels == UNFUSED and not torch_takes(x, *norm, momentum):
         kernels = TrainingKernels(TORCH, TORCH, TORCH)
-    plan = _Plan(geometry, groups, count, slope_of(activation, negative_slope), kernels)
+    plan = StepPlan(geometry, groups, count, slope_of(activation, negative_slope), kernels)
     if signature is not None and not isinstance(padding, str):
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
         _plans[signature] = plan
-    return _train(x, weight, bias, *norm, residual, momentum, eps, plan)
-
-
-class _Plan(NamedTuple):
-    """What a training step is once its arguments are checked."""
-
-    geometry: Geometry
-    groups: int
-    values: int  # per channel
-    slope: float
-    kernels: TrainingKernels | None
-
-
-_plans: dict[tuple, _Plan] = {}
-MOST_PLANS = 4096
-
-
-def _train(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    plan: _Plan,
-) -> Tensor:
-    if plan.kernels == UNFUSED:
-        z = _train_by_torch(
-            x,
-            weight,
-            bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            residual,
-            momentum,
-            eps,
-            plan,
-        )
-        _raise_version(running_mean, running_var)
-        return z
-    inputs = (x, weight, bias, bn_weight, bn_bias, residual)
-    options = (*plan.geometry, plan.groups, eps, plan.slope)
-    if plan.kernels is None:
-        z, _, mean, var = torch.ops.fastseg.conv_bn_act(*inputs, *options, allows_tf32(x))
-    elif torch.compiler.is_compiling() or isinstance(momentum, Tensor):
-        z, mean, var = TrainingStep.apply(*inputs, (None, None, 0.0), options, plan.kernels)
-    else:
-        running = (running_mean, running_var, momentum)
-        z = TrainingStep.apply(*inputs, running, options, plan.kernels)[0]
-        _raise_version(running_mean, running_var)
-        return z
-    update_running(running_mean, mean, momentum)
-    update_running(running_var, var * (plan.values / (plan.values - 1)), momentum)
-    return z
-
-
-def _raise_version(*tensors: Tensor | None) -> None:
-    """Says that kernels moved these, which is how folded weights learn of it."""
-    if not torch.compiler.is_compiling():
-        increment_version([t for t in tensors if t is not None])
-
-
-def _torch_takes(
-    x: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | Tensor,
-) -> bool:
-    """Whether torch's batch norm takes these arguments as they are."""
-    tensors = (bn_weight, bn_bias, running_mean, running_var)
-    return (
-        not isinstance(momentum, Tensor)
-        and (running_mean is None) == (running_var is None)
-        and all(t is None or t.dtype == x.dtype for t in tensors)
-    )
-
-
-def _train_by_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    momentum: Any,
-    eps: float,
-    plan: _Plan,
-) -> Tensor:
-    """A step in torch's operators, which keeps no more than the fused one."""
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
-        # The graph keeps them: a later step, which raises their version, would be an error in its
-        # backward.
-        running_mean, running_var = running_mean.data, running_var.data
-    z = F.conv2d(x, weight, bias, *plan.geometry, plan.groups)
-    norm = (bn_weight, bn_bias, running_mean, running_var)
-    z = torch.batch_norm(z, *norm, True, momentum, eps, False)
-    if residual is not None:
-        z = z.add_(residual)
-    if plan.slope == 1:
-        return z
-    return F.relu_(z) if plan.slope == 0 else F.leaky_relu_(z, plan.slope)
-
-
-def update_running(running: Tensor | None, batch: Tensor, momentum: float | Tensor) -> None:
-    """Moves a running statistic, unless None, towards that of a batch."""
-    if running is not None:
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(running.dtype)
-        running.lerp_(batch if batch.dtype == running.dtype else batch.to(running.dtype), momentum)
+    return train(x, weight, bias, *norm, residual, momentum, eps, plan)
 
 
 def conv_bn_act_reference(

@@ -1,24 +1,16 @@
-"""The training step on the CPU: each of a convolution and its two gradients by the convolution
-engine or by torch, whichever is faster. The engine packs the weights in every call; what it
-computes has the same bits for any number of threads.
-
-Memory: from forward to backward a layer keeps its input and the convolution's output, neither that
-of the batch norm nor a mask. Between steps stay packed weights of up to 4 MiB a layer, in the pool
-of workspaces, which holds 256 MiB at most; and per thread a buffer for each kind of kernel that
-ran, the largest for transformed tiles: up to eight times the second-level cache."""
+"""Which kernels a training step on the CPU takes: each of a convolution and its two gradients by
+the convolution engine or by torch, whichever is faster. The engine packs the weights in every call;
+what it computes has the same bits for any number of threads."""
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ._conv_options import output_size
-from ._layout import empty_image
-from .conv_act import channel_sums
-from .conv_bn_autograd import stats_dtype
 from .conv_choice import TILES, winograd_products
 
 TORCH = -1  # instead of a tile
@@ -199,127 +191,9 @@ def _gradient_kernel(
 _choose_once = lru_cache(4096)(_choose)
 
 
-class TrainingStep(torch.autograd.Function):
-    """``activation(batch_norm(conv2d(x, weight, bias)) + residual)`` with the statistics of the
-    batch: (z, mean, variance), of which z is differentiable once. ``running``: the running mean and
-    variance that it moves, or None, and the momentum; ``options``: stride, padding, dilation,
-    groups, eps, slope of the activation."""
-
-    # With setup_context apply() inspects the signature in every call, 60 us.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        bn_weight: Tensor | None,
-        bn_bias: Tensor | None,
-        residual: Tensor | None,
-        running: tuple[Tensor | None, Tensor | None, float],
-        options: tuple[Sequence[int], Sequence[int], Sequence[int], int, float, float],
-        kernels: TrainingKernels,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tile, *gradient_tiles = kernels
-        z, y, mean, var = torch.ops.fastseg.train_step(
-            x, weight, bias, bn_weight, bn_bias, residual, *running, *options, tile
-        )
-        slope = options[-1]
-        ctx.options, ctx.gradient_tiles = options, gradient_tiles
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        # Neither z nor a mask: the backward recomputes the sign from y. With no activation the
-        # residual is not needed either.
-        ctx.with_residual = residual is not None
-        ctx.save_for_backward(
-            x, weight, y, mean, var, bn_weight, bn_bias, residual if slope != 1 else None
-        )
-        return z, mean, var
-
-    @staticmethod
-    def backward(ctx, dz, *_):
-        x, weight, y, mean, var, bn_weight, bn_bias, residual = ctx.saved_tensors
-        nothing = (None,) * 3
-        if dz is None:
-            return *(None,) * 6, *nothing
-        if not torch.compiler.is_compiling():
-            ctx.maybe_clear_saved_tensors()  # unless the graph is retained: y goes first
-        *geometry, groups, eps, slope = ctx.options
-        dy, dbn_weight, dbn_bias, dresidual = torch.ops.fastseg.bn_act_backward(
-            dz, y, mean, var, bn_weight, bn_bias, residual, eps, slope
-        )
-        del y
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = None
-        if torch.is_grad_enabled():  # for second derivatives, which torch's op has
-            dx, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy,
-                x,
-                weight,
-                [weight.shape[0]],
-                *geometry,
-                False,
-                [0, 0],
-                groups,
-                [need_x, need_weight, need_bias],
-            )
-        else:
-            if need_x or need_weight:
-                dx, dweight = torch.ops.fastseg.train_conv_backward(
-                    dy, x, weight, *geometry, groups, *ctx.gradient_tiles, need_x, need_weight
-                )
-            if need_bias:
-                dbias = channel_sums(dy)
-        if residual is None:
-            dresidual = dz if ctx.with_residual else None
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias,
-            _like(dbn_weight, bn_weight),
-            _like(dbn_bias, bn_bias),
-            dresidual,
-            *nothing,
-        )
-
-
-def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    if parameter is None or parameter.dtype == gradient.dtype:
-        return None if parameter is None else gradient
-    return gradient.to(parameter.dtype)
-
-
 def conv_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """conv2d gives channels last if the input or the weight is."""
     for t in (x, weight):
         if t.shape[1] > 1 and t.stride(1) == 1 and t.stride(3) >= t.shape[1]:
             return torch.channels_last
     return torch.contiguous_format
-
-
-@torch.library.register_fake("fastseg::train_conv")
-def _(x, weight, bias, stride, padding, dilation, groups, tile):
-    if tile == TORCH:
-        return torch.ops.aten.convolution(
-            x, weight, bias, stride, padding, dilation, False, [0, 0], groups
-        )
-    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    y = x.new_empty(x.shape[0], weight.shape[0], *size)
-    return y.contiguous(memory_format=conv_format(x, weight))
-
-
-@torch.library.register_fake("fastseg::train_step")
-def _(x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var, momentum, *options):
-    *geometry, groups, _, _, tile = options
-    y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, groups, tile)
-    stats = [y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2)]
-    return torch.empty_like(y), y, *stats
-
-
-@torch.library.register_fake("fastseg::train_conv_backward")
-def _(
-    dy, x, weight, stride, padding, dilation, groups, input_tile, weight_tile, need_x, need_weight
-):
-    return tuple(
-        empty_image(t, t.shape) if needed else x.new_empty(0)
-        for t, needed in ((x, need_x), (weight, need_weight))
-    )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._conv_options import IntPair, allows_tf32, check_convolution, op_arguments, slope_of
 from .conv_act import conv_backward
-from .conv_bn import update_running
 from .conv_bn_autograd import stats_dtype
+from .conv_step import update_running
 
 
 def sync_conv_bn_act(

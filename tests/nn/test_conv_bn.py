@@ -327,6 +327,18 @@ def test_steps_of_several_sizes(smallest_fused):
         torch.testing.assert_close(one, two)
 
 
+def test_plain_average_after_momentum(smallest_fused):
+    """The momentum is a tensor then, of which torch's batch norm would know nothing."""
+    smallest_fused(10**9)
+    layer, x = make(), torch.randn(2, 4, 9, 8)
+    plain = plain_copy(layer)
+    for module in (layer, plain):
+        module(x)
+        module.bn.momentum = None
+        module(x + 1)
+    torch.testing.assert_close(layer.bn.running_var, plain.bn.running_var)
+
+
 @pytest.mark.parametrize("least", [0, 10**9])
 def test_folds_anew_after_a_step(least, smallest_fused):
     """Also where that changed nothing but the running statistics."""
