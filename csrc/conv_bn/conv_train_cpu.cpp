@@ -280,16 +280,16 @@ std::tuple<Tensor, Tensor> train_conv_backward_cpu(const Tensor& dy, const Tenso
 
 // Moves a running statistic towards `factor` times that of a batch.
 void update_running(const Tensor& running, const Tensor& batch, double factor, double momentum) {
-  FASTSEG_CHECK(running.is_contiguous() && running.numel() == batch.numel(),
-                "train_step: running statistics must be contiguous, of ", batch.numel(),
-                " elements");
+  FASTSEG_CHECK(running.dim() == 1 && running.size(0) == batch.size(0),
+                "train_step: running statistics must have shape (", batch.size(0), ",)");
   dispatch_floating(running, "train_step", [&](auto tag) {
     using T = decltype(tag);
-    T* to = static_cast<T*>(running.mutable_data_ptr());
+    T* const first = static_cast<T*>(running.mutable_data_ptr());
     const auto move = [&](const auto* from) {
-      for (int64_t c = 0; c < running.numel(); ++c) {
-        const double old = static_cast<double>(to[c]);
-        to[c] = static_cast<T>(old + momentum * (factor * static_cast<double>(from[c]) - old));
+      for (int64_t c = 0; c < running.size(0); ++c) {
+        T& to = first[c * running.stride(0)];
+        const double old = static_cast<double>(to);
+        to = static_cast<T>(old + momentum * (factor * static_cast<double>(from[c]) - old));
       }
     };
     if (batch.scalar_type() == ScalarType::Double) {
