@@ -67,6 +67,7 @@ cxx += [
     f"-ffile-prefix-map={os.getcwd()}/=",  # the same library from any folder
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # GCC 12 says it of its own intrinsics, two thousand times
     *os.environ.get("FASTSEG_CXXFLAGS", "").split(),
 ]
 defines = [

@@ -2,7 +2,7 @@
 // what -O3 would add takes a sixth more time to compile.
 // clang-format off: each builds on the ones before
 #include "conv_engine/kernel_begin.inl"
-#if !defined(__clang__)
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__clang__)
 #pragma GCC optimize("O2")
 #endif
 #include "conv_engine/winograd_transform.inl"
