@@ -64,8 +64,10 @@ cxx += [
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
+    f"-ffile-prefix-map={os.getcwd()}/=",  # the same library from any folder
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # GCC 12 says it of its own intrinsics, two thousand times
     *os.environ.get("FASTSEG_CXXFLAGS", "").split(),
 ]
 defines = [
@@ -78,8 +80,8 @@ link = ["-Wl,--no-as-needed", "-ltorch"]
 if cuda_home:
     cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it unset
     sources += sorted(map(str, Path("csrc").glob("*/*_cuda.cu")))
-    defines += [("USE_CUDA", None)]
     nvcc_args = [
+        "-DUSE_CUDA",
         "-O3",
         "--threads=2",
         "-Xcompiler=-fvisibility=hidden",

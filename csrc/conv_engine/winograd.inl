@@ -7,6 +7,19 @@
 // Points of V and M, and tiles of M, lie a cache line further apart than they need to, so that they
 // do not fall on the same cache sets.
 
+// fn(0), ..., fn(n - 1). The transform along one axis of a tile that does not fit in registers is
+// one piece of code for all its rows: that is as fast and compiles in half of the time.
+template <int n, bool kInRegisters, class Fn>
+FASTSEG_INLINE void for_rows(const Fn& fn) {
+  if constexpr (kInRegisters) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) fn(i);
+  } else {
+#pragma GCC unroll 1
+    for (int i = 0; i < n; ++i) fn(i);
+  }
+}
+
 template <class Pair, class Conv>
 struct WinogradKernel {
   using T = typename Conv::Storage;
@@ -80,6 +93,7 @@ struct WinogradKernel {
 
  private:
   static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
+  static constexpr bool kInRegisters = FASTSEG_ISA_LEVEL >= 1 && Pair::Long::kIn <= 4;
 
   // Up to kRows tiles of one shape, the rows of a register tile.
   struct Block {
@@ -230,23 +244,21 @@ struct WinogradKernel {
                               int64_t point_stride) {
     for (int64_t l = 0; l < kLine<E>; l += kLanes) {
       Vec columns[Y::kProducts][X::kIn];
-#pragma GCC unroll 8
-      for (int j = 0; j < X::kIn; ++j) {
+      for_rows<X::kIn, kInRegisters>([&](int j) __attribute__((always_inline)) {
         Vec d[Y::kIn], v[Y::kProducts];
         src.column(j, c + l, d);
         input_transform(tile_y, d, v);
 #pragma GCC unroll 8
         for (int i = 0; i < Y::kProducts; ++i) columns[i][j] = v[i];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < Y::kProducts; ++i) {
+      });
+      for_rows<Y::kProducts, kInRegisters>([&](int i) __attribute__((always_inline)) {
         Vec v[X::kProducts];
         input_transform(tile_x, columns[i], v);
         E* row = dst + i * kProducts * point_stride + l;
         asm("" : "+r"(row));  // else every point takes an address of its own, kept on the stack
 #pragma GCC unroll 8
         for (int j = 0; j < X::kProducts; ++j) store(row + j * point_stride, v[j]);
-      }
+      });
     }
   }
 
@@ -358,8 +370,7 @@ struct WinogradKernel {
   FASTSEG_INLINE void inverse_transform(Y tile_y, X tile_x, const float* m, int64_t point_stride,
                                         const Out& out) {
     Vec half[Y::kOut][X::kProducts];
-#pragma GCC unroll 8
-    for (int j = 0; j < X::kProducts; ++j) {
+    for_rows<X::kProducts, kInRegisters>([&](int j) __attribute__((always_inline)) {
       Vec p[Y::kProducts], y[Y::kOut];
       const float* column = m + j * point_stride;
       asm("" : "+r"(column));
@@ -368,13 +379,12 @@ struct WinogradKernel {
       output_transform(tile_y, p, y);
 #pragma GCC unroll 8
       for (int i = 0; i < Y::kOut; ++i) half[i][j] = y[i];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Y::kOut; ++i) {
+    });
+    for_rows<Y::kOut, kInRegisters>([&](int i) __attribute__((always_inline)) {
       Vec y[X::kOut];
       output_transform(tile_x, half[i], y);
 #pragma GCC unroll 8
       for (int j = 0; j < X::kOut; ++j) out(i, j, y[j]);
-    }
+    });
   }
 };

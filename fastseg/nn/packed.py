@@ -12,6 +12,10 @@ from ..ops.conv_choice import Algorithm, choose_algorithm
 from ..ops.conv_engine import PackedConv, activate, conv_engine, pack_conv
 
 SIZES = 256  # input shapes of which a layer remembers what they need
+UNKNOWN = (
+    "PackedConv2d: torch.jit and torch.onnx do not know the operators of optimised networks; use "
+    "torch.export, or give them the network itself"
+)
 
 
 class PackedConv2d(nn.Module):
@@ -92,11 +96,18 @@ class PackedConv2d(nn.Module):
     def algorithm(self, x: Tensor) -> Algorithm:
         """The one for an input of this size."""
         K, C, *kernel = self.weight.shape
+        size: Any = x.shape[2:]
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            # One program for many sizes: the best for the example of those that have no limits.
+            size = [
+                max(n.node.hint, 4 * d) if isinstance(n, torch.SymInt) else n
+                for n, d in zip(size, self.options["dilation"], strict=True)
+            ]
         return choose_algorithm(
             C * self.groups,
             K,
             kernel,
-            x.shape[2:],
+            size,
             *self._geometry(),
             groups=self.groups,
             dtype=self.dtype,
@@ -124,6 +135,9 @@ class PackedConv2d(nn.Module):
             out = self.place.image(shape)
         return conv_engine(x, packed, residual, out)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise ValueError(UNKNOWN)  # torch.jit.script asks first
+
     def adds(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether the engine adds this residual: it neither broadcasts nor decides the dtype."""
         if residual is None:
@@ -137,11 +151,8 @@ class PackedConv2d(nn.Module):
         known = not torch.compiler.is_compiling() and all(type(n) is int for n in size)
         if known and size in self._prepared:
             return self._prepared[size]
-        if not known and torch._C._get_tracing_state() is not None:
-            raise ValueError(
-                "PackedConv2d: torch.jit.trace does not record optimised networks; use "
-                "torch.export, or trace the network itself"
-            )
+        if not known and (torch._C._get_tracing_state() or torch.onnx.is_in_onnx_export()):
+            raise ValueError(UNKNOWN)
         key = self.algorithm(x)
         packed = self._packed.get(key)
         if packed is None:

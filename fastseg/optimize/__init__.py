@@ -2,11 +2,11 @@
 
 A network, or the largest parts of it that ``torch.fx`` can trace (:mod:`.tracing`), becomes a
 graph. In it each convolution takes over the batch norm, the addition and the activation behind it
-(:mod:`.fusion`), and with it a shortcut's (:mod:`.sums`); pooling, pyramids and resized scores get
-their own forms (:mod:`.patterns`); and results go to buffers that are used again
-(:mod:`fastseg.memory_plan`), so that the calls of operators can be repeated as they were
-(:mod:`.replay`). What does not trace keeps its own ``forward``, with its children optimised one by
-one. What the engine does not compute stays as it is; :func:`explain` says why.
+(:mod:`.fusion`), and with it a shortcut's (:mod:`.sums`); pools, pyramids and resized scores get
+their own forms (:mod:`.max_pools`, :mod:`.pyramids`, :mod:`.resizes`); and results go to buffers
+that are used again (:mod:`fastseg.memory_plan`), so that the calls of operators can be repeated as
+they were (:mod:`.replay`). What does not trace keeps its own ``forward``, with its children
+optimised one by one. What the engine does not compute stays as it is; :func:`explain` says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..ops.conv_choice import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
-from .patterns import faster_pool
+from .max_pools import faster_pool
 from .replay import Replayed, buffers_of
 from .tracing import has_options, reads_strides, required_arguments, trace
 
@@ -38,7 +38,9 @@ def optimize(
     """A copy of ``model`` for inference on the CPU: the same outputs within a tolerance, faster.
 
     Results may be in channels-last memory, as torch's own are for a network in that layout. The
-    copy can be called from several threads, copied and pickled. It is not for training and not for
+    copy can be called from several threads, copied and pickled, compiled by ``torch.compile`` and
+    recorded by ``torch.export`` (of sizes that are dynamic there, the example's decide on the
+    algorithms), not by ``torch.onnx`` or ``torch.jit``. It is not for training and not for
     exchange: its ``state_dict()`` holds only what was left to torch; save the model's own.
 
     Args:

@@ -15,7 +15,7 @@ from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.pyramid_pooling import PyramidConv2d
 from ..nn.resize import Resize2d
 from .fusion import module_of
-from .patterns import resized_labels, resized_probabilities
+from .resizes import resized_labels, resized_probabilities
 
 # Their parameters take inputs of any dtype.
 KEPT = (PackedConv2d, PackedConvTranspose2d, nn.modules.batchnorm._BatchNorm, PyramidConv2d, CRFRNN)

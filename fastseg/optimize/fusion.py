@@ -107,6 +107,23 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def pair(value: Any) -> tuple[Any, Any]:
+    first, second = value if isinstance(value, list | tuple | torch.Size) else (value, value)
+    return first, second
+
+
+def call_instead(traced: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple) -> None:
+    """Call this module in place of a node."""
+    name = str(node.target) if node.op == "call_module" else f"{node.name}_fast"
+    while any(other.target == name and other is not node for other in traced.graph.nodes):
+        name += "_"
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_before(node):
+        new = traced.graph.call_module(name, args)
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+
+
 class Fusion:
     """Rewrites a graph: its convolutions become PackedConv2d where the engine computes them."""
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from ..memory_plan import plan_memory
-from . import patterns
 from .constants import keep_float32
 from .fusion import Fusion, Report
 from .grids import pool_grids
 from .lift import lift
+from .max_pools import pool
 from .pooling import pool_results, unpool_inputs
-from .spelling import respell
+from .pyramids import convolve_pixels, pyramid, spread_single_values
+from .resizes import resize_and_choose, resize_maps
+from .spelling import reshape_views, respell
 from .sums import sum_convolutions
 
 
@@ -36,17 +38,17 @@ def optimize_graph(
     held = lift(traced, values, report)
     respell(traced)
     fusion = Fusion(traced, settings, report)
-    patterns.reshape_views(fusion)
+    reshape_views(fusion)
     fusion.run()
-    patterns.pool(traced, report)
-    patterns.pyramid(traced, settings, report)
-    patterns.spread_single_values(traced, report)
-    patterns.constants(traced, settings, report)
-    patterns.resize_and_choose(traced, report)
+    pool(traced, report)
+    pyramid(traced, settings, report)
+    spread_single_values(traced, report)
+    convolve_pixels(traced, settings, report)
+    resize_and_choose(traced, report)
     if settings.get("dtype") == torch.bfloat16:
         keep_float32(traced, report)
     sum_convolutions(fusion)
-    patterns.resize_maps(traced, report)
+    resize_maps(traced, report)
     pool_grids(traced, report)
     pool_results(traced, report)
     unpool_inputs(traced, report)

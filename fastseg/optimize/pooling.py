@@ -12,7 +12,7 @@ from ..nn.packed import PackedConv2d
 from ..nn.packed_pool import PooledConv2d, UnpooledConv2d
 from ..nn.pooling import MaxPool2d, MaxUnpool2d
 from .fusion import Report, module_of
-from .patterns import Unpool
+from .max_pools import Unpool
 
 WINDOWS = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0)}
 

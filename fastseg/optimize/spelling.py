@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn.resize import MODES
-from .fusion import argument, is_plain, module_of, only_user
+from .fusion import Fusion, argument, is_plain, module_of, only_user
 
 UPSAMPLES = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 
@@ -30,6 +30,15 @@ def respell(traced: fx.GraphModule) -> None:
                     if not source.users and source.op != "placeholder":
                         traced.graph.erase_node(source)
                 break
+
+
+def reshape_views(fusion: Fusion) -> None:
+    """``view`` works on one memory layout, ``reshape`` on any; results here are channels last."""
+    for node in fusion.traced.graph.nodes:
+        if node.op != "call_method" or any(isinstance(arg, torch.dtype) for arg in node.args):
+            continue
+        if node.target in ("view", "view_as") and not any(map(fusion.writes, node.users)):
+            node.target = str(node.target).replace("view", "reshape")
 
 
 def _upsample(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:

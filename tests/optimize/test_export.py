@@ -1,5 +1,7 @@
 """Optimised copies in torch.compile and torch.export, which keep nothing of their memory plan."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,9 +64,27 @@ def test_compiled_for_other_sizes():
 
 
 @torch.no_grad()
-def test_torchscript_is_refused():
-    fast = fastseg.optimize(randomise(Net()))
-    with pytest.raises(ValueError, match=r"torch\.jit\.trace does not record optimised networks"):
-        torch.jit.trace(fast, (torch.randn(1, 3, 18, 26),), strict=False)
-    x = torch.randn(1, 3, 18, 26)
+def test_exported_with_dynamic_sizes():
+    """Optimised networks take ``*args``: the sizes of all inputs are those of one argument."""
+    model, auto = randomise(Net()), torch.export.Dim.AUTO
+    fast = fastseg.optimize(model)
+    sizes = {0: auto, 2: auto, 3: auto}
+    program = torch.export.export(fast, (torch.randn(2, 3, 18, 26),), dynamic_shapes=((sizes,),))
+    for shape in ((2, 3, 18, 26), (3, 3, 21, 33)):
+        x = torch.randn(shape)
+        out = program.module()(x)["out"]
+        torch.testing.assert_close(out, model(x)["out"], rtol=1e-4, atol=1e-4)
+
+
+def onnx(fast, inputs):
+    torch.onnx.export(fast, inputs, io.BytesIO(), dynamo=False)
+
+
+@pytest.mark.parametrize("record", [torch.jit.trace, torch.jit.script, onnx])
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
+@torch.no_grad()
+def test_what_does_not_know_our_operators_says_so(record):
+    fast, x = fastseg.optimize(randomise(Net())), torch.randn(1, 3, 18, 26)
+    with pytest.raises(ValueError, match=r"use torch\.export, or give them the network itself"):
+        record(fast, (x,)) if record is not torch.jit.script else record(fast)
     assert torch.equal(fast(x)["out"], fast(x)["out"])

@@ -9,7 +9,7 @@ import fastseg
 from fastseg.nn import MaxPool2d, PyramidConv2d
 from fastseg.nn.packed import PackedConv2d
 from fastseg.nn.pyramid_pooling import GridPool2d
-from fastseg.optimize.patterns import Unpool
+from fastseg.optimize.max_pools import Unpool
 
 from .test_unharmed import check, randomise
 
