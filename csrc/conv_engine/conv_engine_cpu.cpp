@@ -120,21 +120,29 @@ void run_one(const Conv& conv, int64_t tile) {
 
 struct GroupImage;  // names the scratch memory of a copy
 
-// The image with its channels side by side. Where pixels lie 4 KB apart, those that a register tile
-// multiplies at a time share a set of L1, which cannot hold them.
+// Gives it a copy of the image with its channels side by side and the zeros left and right of it
+// in place: where pixels lie 4 KB apart, those that a register tile multiplies at a time share a
+// set of L1, which cannot hold them, and blocks at the ends of a line would be copied once more.
 template <class Conv>
-Image<const typename Conv::Storage> dense_image(const Conv& conv) {
+void copy_image(Conv& conv) {
   using T = typename Conv::Storage;
-  T* const copy = scratch<GroupImage, T>(conv.N * conv.H * conv.W * conv.C);
+  const int64_t line = (conv.W + 2 * conv.pad_w) * conv.C, border = conv.pad_w * conv.C;
+  T* const copy = scratch<GroupImage, T>(conv.N * conv.H * line);
   T* to = copy;
   for (int64_t n = 0; n < conv.N; ++n) {
     for (int64_t y = 0; y < conv.H; ++y) {
+      std::memset(to, 0, border * sizeof(T));
+      to += border;
       for (int64_t x = 0; x < conv.W; ++x, to += conv.C) {
         std::memcpy(to, conv.x.at(n, y, x), conv.C * sizeof(T));
       }
+      std::memset(to, 0, border * sizeof(T));
+      to += border;
     }
   }
-  return {copy, conv.H * conv.W * conv.C, conv.W * conv.C, conv.C};
+  conv.x = {copy, conv.H * line, line, conv.C};
+  conv.W += 2 * conv.pad_w;
+  conv.pad_w = 0;
 }
 
 template <class Conv>
@@ -231,13 +239,15 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                 is_streamed(out->numel(), conv.y);
   if (o.tile == kGroupedTile) {
     FASTSEG_COUNT("conv_engine.grouped");
-    if constexpr (std::is_same_v<E, float>) run_grouped(conv);
+    if constexpr (std::is_same_v<E, float>) {
+      conv.C == 1 && conv.K == 1 ? run_depthwise(conv) : run_grouped(conv);
+    }
   } else if (o.groups == 1) {
     run_one<Conv>(conv, o.tile);
   } else {
     const auto run_group = [&](int64_t g) {
       Conv one = conv.group(g, layout.size);
-      if (o.tile == 0 && o.R * o.S > 1) one.x = dense_image(one);
+      if (o.tile == 0 && o.R * o.S > 1) copy_image(one);
       run_one(one, o.tile);
     };
     if (o.groups >= 2 * torch::stable::get_num_threads()) {

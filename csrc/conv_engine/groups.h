@@ -72,6 +72,8 @@ struct InGroups : Conv {
 // Instantiated for float32 products.
 template <class Conv>
 void run_grouped(const InGroups<Conv>& conv);
+template <class Conv>
+void run_depthwise(const InGroups<Conv>& conv);
 
 }  // namespace conv_engine
 }  // namespace fastseg

@@ -15,7 +15,7 @@ namespace conv_engine {
 // The number of the one-dimensional form among the tiles.
 constexpr int64_t kLineTile = 5;
 // And that of the kernels that have several groups side by side in the lanes of a vector
-// (grouped.inl); all others compute one group after the other.
+// (grouped.inl, depthwise.inl); all others compute one group after the other.
 constexpr int64_t kGroupedTile = 7;
 
 // Calls fn with the pair of tiles of that number for operands E: the one list of square Winograd

@@ -21,6 +21,11 @@ DEPTHWISE = [  # N, C, H, W, kernel, stride, padding, dilation
     (1, 20, 8, 9, (2, 4), (3, 1), (0, 0), (1, 1)),
     (1, 40, 6, 5, (1, 1), (2, 2), (0, 0), (1, 1)),
     (1, 16, 3, 30, (3, 9), (1, 1), (1, 4), (1, 1)),
+    (1, 56, 11, 31, (5, 5), (1, 1), (2, 2), (1, 1)),  # blocks of two vectors, and one behind them
+    (2, 56, 9, 47, (5, 5), (2, 2), (2, 2), (1, 1)),
+    (1, 56, 9, 47, (7, 7), (1, 1), (3, 3), (1, 1)),
+    (1, 35, 7, 40, (7, 7), (1, 1), (6, 6), (2, 2)),
+    (1, 35, 12, 40, (7, 7), (2, 2), (3, 3), (1, 1)),
 ]
 GROUPS = [  # and channels in, channels out of how many groups
     (1, 4, 4, 32, 17, 27, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -124,7 +129,7 @@ def test_fuzz(cpu_isa):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     for i in range(300):
-        kernel, stride = (draw(1, 5), draw(1, 5)), (draw(1, 3), draw(1, 3))
+        kernel, stride = (draw(1, 7), draw(1, 7)), (draw(1, 3), draw(1, 3))
         dilation, padding = (draw(1, 4), draw(1, 4)), (draw(0, 6), draw(0, 6))
         axes = zip(dilation, kernel, padding, strict=True)
         least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in axes]
