@@ -64,7 +64,7 @@ cxx += [
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
-    f"-ffile-prefix-map={os.getcwd()}/=",  # the same library from any folder
+    f"-ffile-prefix-map={os.getcwd()}/csrc=csrc",  # the same library from any folder
     "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",  # GCC 12 says it of its own intrinsics, two thousand times
