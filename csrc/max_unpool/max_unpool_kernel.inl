@@ -141,20 +141,6 @@ inline void split_columns(const T* row, int64_t size, int64_t stride, T* split, 
     for (int64_t c = phase, i = phase * run; c < size; c += stride) split[i++] = row[c];
   }
 }
-template <typename T>
-inline void merge_columns(const T* split, int64_t run, int64_t size, int64_t stride, T* row) {
-  if (stride == 2) {
-    in_blocks(size / 2, [&](int64_t i) {
-      row[2 * i] = split[i];
-      row[2 * i + 1] = split[run + i];
-    });
-    if (size % 2 != 0) row[size - 1] = split[size / 2];
-    return;
-  }
-  for (int64_t phase = 0; phase < stride; ++phase) {
-    for (int64_t c = phase, i = phase * run; c < size; c += stride) row[c] = split[i++];
-  }
-}
 
 // The windows whose tap `tap` lies inside the image, along one axis.
 struct Windows {

@@ -45,19 +45,8 @@ def train(
     plan: StepPlan,
 ) -> Tensor:
     if plan.kernels == UNFUSED:
-        z = _train_by_torch(
-            x,
-            weight,
-            bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            residual,
-            momentum,
-            eps,
-            plan,
-        )
+        norm = (bn_weight, bn_bias, running_mean, running_var)
+        z = _train_by_torch(x, weight, bias, norm, residual, momentum, eps, plan)
         _raise_version(running_mean, running_var)
         return z
     inputs = (x, weight, bias, bn_weight, bn_bias, residual)
@@ -103,23 +92,20 @@ def _train_by_torch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    norm: tuple[Tensor | None, ...],
     residual: Tensor | None,
     momentum: Any,
     eps: float,
     plan: StepPlan,
 ) -> Tensor:
     """A step in torch's operators, which keeps no more than the fused one."""
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
-        # The graph keeps them: a later step, which raises their version, would be an error in its
-        # backward.
-        running_mean, running_var = running_mean.data, running_var.data
+    scale, shift, mean, var = norm
+    if not torch.compiler.is_compiling():
+        # The graph keeps the running statistics: a later step, which raises their version, would be
+        # an error in its backward.
+        mean, var = (None if t is None else t.data for t in (mean, var))
     z = F.conv2d(x, weight, bias, *plan.geometry, plan.groups)
-    norm = (bn_weight, bn_bias, running_mean, running_var)
-    z = torch.batch_norm(z, *norm, True, momentum, eps, False)
+    z = torch.batch_norm(z, scale, shift, mean, var, True, momentum, eps, False)
     if residual is not None:
         z = z.add_(residual)
     if plan.slope == 1:
