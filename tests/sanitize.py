@@ -4,8 +4,8 @@
     python tests/sanitize.py tests/ops/test_dense_crf.py -k mask
 
 The library goes to build/sanitize beside links to the Python files; the next run builds only what
-changed. Of the time to build, six and a half minutes are for the grouped convolutions alone (50
-seconds with -O0, which the tests pay for), ten seconds for most other units; the tests take five.
+changed. Most of the time to build goes to the convolution engine: minutes each for its matrix
+products, Winograd's and the grouped ones.
 """
 
 import os
