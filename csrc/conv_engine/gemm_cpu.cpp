@@ -189,11 +189,13 @@ bool try_wide(const Conv& conv) {
     if (current_isa() < Isa::kAvx512) return false;
     if (conv.strassen) {
       if (!avx512::WideStrassenKernel<Conv>::fits(conv)) return false;
+      FASTSEG_COUNT("conv_engine.wide_strassen");
       run_wide_strassen(conv);
       return true;
     }
     const int64_t weights = conv.panels() * kPanel * conv.depth() * int64_t{sizeof(float)};
     if (weights > l2_bytes() / 2 || !avx512::WideKernel<Conv>::fits(conv)) return false;
+    FASTSEG_COUNT("conv_engine.wide");
     run_wide(conv);
     return true;
   }

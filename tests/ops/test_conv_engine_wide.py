@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastseg import _C
 from fastseg.ops.conv_engine import conv_engine, pack_conv
 from fastseg.ops.conv_sum import conv_sum, pack_conv_sum
 from tests.ops.test_conv_engine import ALLOWED, case, exact_result, relative_error
@@ -22,6 +23,18 @@ def packed(shape, **options):
     N, C, H, W, K = shape
     tensors = case(N, C, H, W, K, (1, 1), **options)
     return tensors, pack_conv(*tensors[1:3], **options)
+
+
+@pytest.mark.skipif("avx512" not in _C.supported_cpu_isas(), reason="the tile is AVX-512's")
+@pytest.mark.parametrize(
+    ("shape", "strassen"), [*((shape, 0) for shape in CASES), ((1, 256, 12, 12, 256), 1)], ids=str
+)
+def test_which_tile(shape, strassen):
+    x, weight, bias, residual = case(*shape, (1, 1))
+    conv = pack_conv(weight, bias, strassen=strassen)
+    _C.reset_kernel_counts()
+    conv_engine(x, conv, residual)
+    assert _C.kernel_counts()["conv_engine.wide_strassen" if strassen else "conv_engine.wide"] == 1
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
