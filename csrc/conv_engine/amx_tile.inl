@@ -108,7 +108,7 @@ static void patch_tile(int64_t rows, int64_t columns, const Patch<BFloat16>& fir
 // of other tiles or, behind the last of them, the memory for products.
 template <class Rows>
 static void gemm_tile(int64_t rows, int64_t columns, const BFloat16* a, const BFloat16* b,
-                      Ahead<BFloat16> ahead, int64_t depth, const Rows& out) {
+                      Ahead<BFloat16> ahead, int64_t depth, int64_t, const Rows& out) {
   const TileBlock block(rows, kTileRows, columns);
   block.sum(out, [&]() __attribute__((always_inline)) {
     for (int64_t d = 0; d < depth; d += kStep) {

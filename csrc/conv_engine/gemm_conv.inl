@@ -4,16 +4,6 @@
 // second image to be summed the reduction of a 1x1 kernel goes on with the channels of that.
 // Packed weight: [panel][depth / kPerWord][kPanel][kPerWord].
 
-// Longer reductions are summed in pieces: one sum of 5000 terms has an error of 4e-6, beyond that
-// of torch's convolution. With 512 whole networks are off by 1.1e-6 where they were by 1.2e-6 with
-// 1024, root mean square; 2048 channels take 1 % longer.
-// Tiles of AMX are not cut: a product sums 32 terms before it adds them, and the rounding of its
-// operands is a thousand times that of the sums.
-#if FASTSEG_ISA_LEVEL == 4
-constexpr int64_t kGemmPiece = INT64_MAX;
-#else
-constexpr int64_t kGemmPiece = 512;
-#endif
 // Operands that a step of the products takes, so that runs are a multiple of it.
 template <typename E>
 constexpr int64_t kRunStep = FASTSEG_ISA_LEVEL == 4 ? kLine<E> : kPerWord<E>;
@@ -75,11 +65,6 @@ FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Co
     __builtin_prefetch(pixel.y + k, 1, kLocality);
     __builtin_prefetch(pixel.y + k + kPanel / 2, 1, kLocality);
   }
-}
-
-// What a piece of the reduction fetches that begins `steps` steps behind the start of runs h.
-FASTSEG_INLINE NextRuns from_step(const NextRuns& ahead, int64_t h, int64_t steps) {
-  return {ahead.data + h * ahead.run + steps * 64, ahead.run, ahead.then};
 }
 
 // One convolution on one instruction set.
@@ -202,58 +187,15 @@ struct GemmKernel {
     const int64_t k = panel * kPanel, rows = block.rows;
     const int64_t columns = conv.K - k < kPanel ? conv.K - k : kPanel;
     const E* b = conv.weight + k * conv.depth() + block.skipped * block.patch.length * kPanel;
-    const bool vectors = columns % kLanes == 0 && is_short(conv.activation);
-    alignas(64) float pieces[kRows * kPanel];
-    OutputPixels<Conv> out(conv, k, block.pixels);
-    if (block.patch.terms() <= kGemmPiece) {
-      if (vectors) return patch_tile(rows, columns, block.patch, b, ahead, out);
-      patch_tile(rows, columns, block.patch, b, ahead, StoreTile{pieces});
-    } else {
-      bool first = true;
-      const auto add = [&](const Patch<E>& piece, const NextRuns& next, bool last) {
-        if (last && vectors) {
-          out.base = pieces;
-          patch_tile(rows, columns, piece, b, next, out);
-        } else {
-          patch_tile(rows, columns, piece, b, next, StoreTile{pieces, !first});
-        }
-        b += piece.terms() * kPanel;
-        first = false;
-      };
-      for_pieces(block.patch, ahead, !block.patch.then, add);
-      if (block.patch.then) for_pieces(block.summand, {ahead.then, 0}, true, add);
-      if (vectors) return;
+    if (columns % kLanes == 0 && is_short(conv.activation)) {
+      return patch_tile(rows, columns, block.patch, b, ahead,
+                        OutputPixels<Conv>(conv, k, block.pixels));
     }
+    alignas(64) float sums[kRows * kPanel];
+    patch_tile(rows, columns, block.patch, b, ahead, StoreTile{sums});
     for (int64_t r = 0; r < rows; ++r) {
-      finish_pixel(conv, k, columns, pieces + r * kPanel, block.pixels[r].y,
+      finish_pixel(conv, k, columns, sums + r * kPanel, block.pixels[r].y,
                    block.pixels[r].residual);
-    }
-  }
-
-  // Calls fn with each piece of a patch, whole runs where they fit, and what that fetches; `last`
-  // for the last piece if it is the last patch.
-  template <class Fn>
-  static void for_pieces(const Patch<E>& whole, const NextRuns& ahead, bool last, const Fn& fn) {
-    const int64_t length = std::min(whole.length, kGemmPiece);
-    const int64_t runs_w =
-        length < whole.length ? 1 : std::clamp<int64_t>(kGemmPiece / length, 1, whole.runs_w);
-    const int64_t runs_h = length < whole.length || runs_w < whole.runs_w
-                               ? 1
-                               : std::max<int64_t>(kGemmPiece / (runs_w * length), 1);
-    for (int64_t h = 0; h < whole.runs_h; h += runs_h) {
-      for (int64_t w = 0; w < whole.runs_w; w += runs_w) {
-        for (int64_t d = 0; d < whole.length; d += length) {
-          Patch<E> piece = whole;
-          piece.data += h * whole.run_h + w * whole.run_w + d;
-          piece.runs_h = std::min(runs_h, whole.runs_h - h);
-          piece.runs_w = std::min(runs_w, whole.runs_w - w);
-          piece.length = std::min(length, whole.length - d);
-          piece.then = nullptr;
-          fn(piece, from_step(ahead, h, (w * whole.length + d) / kPerWord<E>),
-             last && h + runs_h >= whole.runs_h && w + runs_w >= whole.runs_w &&
-                 d + length >= whole.length);
-        }
-      }
     }
   }
 

@@ -175,26 +175,8 @@ struct StrassenKernel {
     if (rows == 0) return;
     const int64_t k = (2 * panel + kStrassen[product].right) * kPanel;
     const float* b = weights(conv, panel, product);
-    const Patch<float>& whole = pair.operands[product];
     const auto multiply = [&](auto tile) {
-      if (whole.terms() <= kGemmPiece) return patch_tile(rows, kPanel, whole, b, ahead, tile);
-      alignas(64) float pieces[kRows * kPanel];
-      for (const Patch<float>* part = &whole; part; part = part->then) {
-        const NextRuns from = part == &whole ? ahead : NextRuns{ahead.then, 0};
-        for (int64_t d = 0; d < part->length; d += kGemmPiece) {
-          Patch<float> piece = *part;
-          piece.data += d;
-          piece.length = std::min(part->length - d, kGemmPiece);
-          piece.then = nullptr;
-          if (!part->then && d + kGemmPiece >= part->length) {
-            return patch_tile(rows, kPanel, piece, b, from_step(from, 0, d), tile);
-          }
-          patch_tile(rows, kPanel, piece, b, from_step(from, 0, d),
-                     StoreTile{pieces, false, kPanel, tile.base});
-          tile.base = pieces;
-          b += piece.length * kPanel;
-        }
-      }
+      patch_tile(rows, kPanel, pair.operands[product], b, ahead, tile);
     };
     const PixelAddress<T>* pixels = pair.pixels[lower];
     if (is_short(conv.activation)) {

@@ -5,12 +5,14 @@
 // Pixels that all panels pass by: they stay in L1, and so do two panels of 64 channels meanwhile.
 constexpr int64_t kWideBlock = 4 * kWideRows;
 
+constexpr int64_t kWideTerms = 512;  // of the longest reduction
+
 template <class Conv>
 struct WideKernel {
   static bool fits(const Conv& conv) {
     return conv.pixels() >= kWideBlock && reads_flat(conv) && writes_flat(conv) &&
            conv.C % kWideSteps == 0 && conv.C2 % kWideSteps == 0 &&
-           conv.C + conv.C2 <= kGemmPiece && conv.K % kWideColumns == 0 && ends_wide(conv);
+           conv.C + conv.C2 <= kWideTerms && conv.K % kWideColumns == 0 && ends_wide(conv);
   }
 
   // Tiles [begin, end) of rows, pairs of panels [pair_begin, pair_end).
@@ -69,7 +71,7 @@ struct WideKernel {
  private:
   // A tile of fewer rows, by way of copies.
   __attribute__((noinline)) static void multiply_part(WideTile tile, int64_t rows) {
-    alignas(64) float operands[kWideRows * kGemmPiece] = {}, sums[kWideSums] = {};
+    alignas(64) float operands[kWideRows * kWideTerms] = {}, sums[kWideSums] = {};
     float* to = operands;
     for (WideRun& run : tile.runs) {
       for (int64_t r = 0; r < rows && run.length > 0; ++r) {

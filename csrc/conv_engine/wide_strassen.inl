@@ -149,8 +149,6 @@ struct WideStrassenKernel {
     tile.left = weights(conv, column, product);
     tile.right = tile.left + panel_distance(conv);
     tile.base = product == 4 ? pair.w : product == 0 || product == 5 ? nullptr : pair.u;
-    alignas(64) float pieces[kWideSums];
-    if (half(conv) > kGemmPiece) multiply_pieces(tile, pieces);
     switch (product) {
       case 0:
       case 2:
@@ -174,31 +172,6 @@ struct WideStrassenKernel {
       tile.residual = {conv.residual.data + first * row + k, row, kWideColumns};
     }
     wide_tile(tile);
-  }
-
-  // All pieces of the reduction but the last one, which is left in `tile` with the others as sums
-  // to add.
-  static void multiply_pieces(WideTile& tile, float* pieces) {
-    const WideRun runs[2] = {tile.runs[0], tile.runs[1]};
-    tile.runs[1].length = 0;
-    bool first = true;
-    for (const WideRun& run : runs) {
-      for (int64_t d = 0; d < run.length; d += kGemmPiece) {
-        if (!first) {
-          tile.sums = pieces;
-          wide_tile(tile);
-          const int64_t done = tile.runs[0].length;
-          tile.base = pieces;
-          tile.left += done * kPanel;
-          tile.right += done * kPanel;
-          for (const float*& ahead : tile.ahead) ahead += done / kWideSteps * tile.lines * kGroup;
-          tile.next_residual.data = tile.next_y.data = nullptr;
-        }
-        tile.runs[0] = {run.data + d, run.row, std::min(kGemmPiece, run.length - d)};
-        first = false;
-      }
-    }
-    tile.sums = nullptr;
   }
 
   // A tile of fewer rows, of pixels that do not follow each other or of another end, by way of

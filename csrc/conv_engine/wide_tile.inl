@@ -67,7 +67,9 @@ __attribute__((noinline)) static void wide_tile(const WideTile& tile) {
     return sums + r * kWideColumns + v * kLanes;
   };
   const WideRows<const float> biases{tile.bias, 0, tile.y.right};
-  Vec sums[kWideRows][kWideVectors];
+  Vec sums[kWideRows][kWideVectors], total[kWideRows][kWideVectors];
+  bool has_total = false;
+  int64_t terms = 0;  // in the sums, the others are in the total
   if (tile.sums || tile.u) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = Vec{}; });
     for (int r = 0; tile.u && r < kWideRows; ++r) {
@@ -92,7 +94,12 @@ __attribute__((noinline)) static void wide_tile(const WideTile& tile) {
   for (const WideRun& run : tile.runs) {
     int64_t row = run.row;
     const float *a = run.data, *a3 = a + 3 * row;
-    for (int64_t d = 0; d < run.length; d += kWideSteps) {
+    for (int64_t d = 0; d < run.length; d += kWideSteps, terms += kWideSteps) {
+      if (terms == kGemmTerms) {
+        add_to_total(sums, total, has_total);
+        has_total = true;
+        terms = 0;
+      }
       if (rows_left > 0) {
         --rows_left;
         fetch_row(residual);
@@ -125,6 +132,9 @@ __attribute__((noinline)) static void wide_tile(const WideTile& tile) {
     }
   }
 
+  if (has_total) {
+    each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] += total[r][v]; });
+  }
   if (tile.base) {
     each([&](int r, int v)
              __attribute__((always_inline)) { sums[r][v] += load(at(tile.base, r, v)); });

@@ -70,7 +70,7 @@ struct WinogradKernel {
             fetched += ahead.steps;
             float* products = m + point * m_point + tile * row_size(conv) + k;
             gemm_tile(blocks[i].rows, columns(conv, k), v + point * v_point + tile * depth, b,
-                      ahead, depth, StoreTile{products, c > 0, row_size(conv)});
+                      ahead, depth, terms(C), StoreTile{products, c > 0, row_size(conv)});
           }
         }
       }
@@ -150,6 +150,8 @@ struct WinogradKernel {
   static int64_t m_point_size(const Conv& conv, int64_t tiles) {
     return tiles * row_size(conv) + kGroup;
   }
+  // Products in one sum, by how much the transforms of the result amplify its error.
+  static int64_t terms(int64_t C) { return Pair::kOut < 6 ? 64 : C > 32 ? 32 : 16; }
   static int64_t row_size(const Conv& conv) { return conv.panels() * kPanel + kGroup; }
   static int64_t columns(const Conv& conv, int64_t k) {
     return conv.K - k < kPanel ? conv.K - k : kPanel;

@@ -55,6 +55,7 @@ struct Winograd1dKernel {
   // leaves room for weights and products in L2. The pieces are the same for any number of lines,
   // and so are the sums.
   static constexpr int64_t kStepRows = 84, kPiece = 256;
+  static constexpr int64_t kTerms = 64;  // products in one sum
 
   struct Sizes {
     bool vertical;
@@ -155,7 +156,7 @@ struct Winograd1dKernel {
                                steps < open ? steps : open};
           fetched += ahead.steps;
           gemm_tile(rows, left < kPanel ? left : kPanel, v + point * s.v_point + first * depth, b,
-                    ahead, depth, StoreTile{out, c > 0, s.columns});
+                    ahead, depth, kTerms, StoreTile{out, c > 0, s.columns});
         }
       }
     }
