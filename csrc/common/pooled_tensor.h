@@ -20,7 +20,9 @@ inline Tensor pooled_empty(const Tensor& x, const std::vector<int64_t>& sizes,
                            int64_t element_bytes) {
   int64_t bytes = element_bytes;
   for (const int64_t size : sizes) bytes *= size;
-  const WorkspacePool::Block block = WorkspacePool::instance().take(static_cast<size_t>(bytes));
+  // A tensor may live long: none in much more memory than it needs.
+  const WorkspacePool::Block block =
+      WorkspacePool::instance().take(static_cast<size_t>(bytes), 1.25);
   return torch::stable::from_blob(block.data, sizes, strides, x.device(), dtype,
                                   [block](void*) { WorkspacePool::instance().give(block); });
 }
@@ -53,6 +55,14 @@ inline Tensor pooled_image(const Tensor& x, const std::array<int64_t, 4>& size,
                                            ? std::vector<int64_t>{C * H * W, 1, C * W, C}
                                            : std::vector<int64_t>{C * H * W, H * W, W, 1};
   return pooled_empty(x, {size.begin(), size.end()}, strides, x.scalar_type(), bytes);
+}
+
+// An image (N, C, H, W) with the sizes, dtype and strides of a dense one.
+inline Tensor pooled_like(const Tensor& x) {
+  const auto bytes = static_cast<int64_t>(x.element_size());
+  if (x.numel() * bytes < kPooledBytes) return torch::stable::empty_like(x);
+  return pooled_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
+                      {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.scalar_type(), bytes);
 }
 
 }  // namespace fastseg

@@ -31,13 +31,15 @@ class WorkspacePool {
     return *pool;
   }
 
-  Block take(size_t bytes) {
+  // A block of so many bytes, or one that is there of up to `most` times as many.
+  Block take(size_t bytes, double most) {
     bytes = (bytes + 4095) / 4096 * 4096;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       size_t best = free_.size();
       for (size_t i = 0; i < free_.size(); ++i) {
-        if (free_[i].bytes >= bytes && free_[i].bytes <= 4 * bytes &&
+        if (free_[i].bytes >= bytes &&
+            static_cast<double>(free_[i].bytes) <= most * static_cast<double>(bytes) &&
             (best == free_.size() || free_[i].bytes < free_[best].bytes)) {
           best = i;
         }
@@ -89,7 +91,7 @@ template <typename T>
 class Workspace {
  public:
   explicit Workspace(int64_t count)
-      : block_(WorkspacePool::instance().take(static_cast<size_t>(count) * sizeof(T) + 64)) {}
+      : block_(WorkspacePool::instance().take(static_cast<size_t>(count) * sizeof(T) + 64, 4)) {}
   ~Workspace() {
     if (block_.data != nullptr) WorkspacePool::instance().give(block_);
   }
@@ -98,8 +100,14 @@ class Workspace {
     std::swap(block_, other.block_);
     return *this;
   }
-  // Gives the memory back to the system instead of the pool.
-  void release() { std::free(std::exchange(block_, {nullptr, 0}).data); }
+  // Gives the memory back to the system instead of the pool if it is more than twice the `image`
+  // bytes that could have it next, and not small: it would lie beside the other arrays of a
+  // training step. The page faults that bring it back do not show in the time of one.
+  void release_beyond(int64_t image) {
+    constexpr size_t kSmall = size_t{4} << 20;
+    if (block_.bytes <= kSmall || block_.bytes / 2 <= static_cast<size_t>(image)) return;
+    std::free(std::exchange(block_, {nullptr, 0}).data);
+  }
   T* data() const { return static_cast<T*>(block_.data); }
   T& operator[](int64_t i) const { return data()[i]; }
 

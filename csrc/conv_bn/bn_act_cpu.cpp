@@ -21,6 +21,7 @@
 #include "common/isa.h"
 #include "common/layout.h"
 #include "common/parallel.h"
+#include "common/pooled_tensor.h"
 
 namespace fastseg {
 namespace {
@@ -346,14 +347,6 @@ void batch_norm_backward(const Tensor& dz, const Tensor& y, const DenseLayout& l
   });
 }
 
-// An uninitialised tensor with the shape, dtype and layout of y.
-Tensor fresh_like(const Tensor& y) {
-  Tensor fresh = torch::stable::empty_like(y);
-  prefer_huge_pages(fresh.mutable_data_ptr(),
-                    fresh.numel() * static_cast<int64_t>(fresh.element_size()));
-  return fresh;
-}
-
 }  // namespace
 
 void add_activate_cpu(Tensor& z, const OptionalTensor& residual, double slope) {
@@ -381,7 +374,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_stats_cpu(const Tensor& y,
                                                     double negative_slope) {
   const DenseLayout layout = dense_layout(y);
   const auto stats = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor z = fresh_like(y);
+  Tensor z = pooled_like(y);
   Tensor mean = torch::stable::new_empty(y, {layout.C}, stats);
   Tensor var = torch::stable::new_empty(y, {layout.C}, stats);
   Tensor r;
@@ -406,9 +399,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward_cpu(
                     var.is_contiguous(),
                 "conv_bn_act: mean and var must have shape (", layout.C, ",)");
   const Tensor gradient = with_layout(dz, y, layout);
-  Tensor dy = fresh_like(y);
+  Tensor dy = pooled_like(y);
   Tensor dweight = torch::stable::empty_like(mean), dbias = torch::stable::empty_like(mean);
-  Tensor r, dresidual = residual.has_value() ? fresh_like(y) : torch::stable::new_empty(y, {0});
+  Tensor r, dresidual = residual.has_value() ? pooled_like(y) : torch::stable::new_empty(y, {0});
   if (residual.has_value()) r = with_layout(*residual, y, layout);
   dispatch_floating(y, "conv_bn_act", [&](auto tag) {
     using T = decltype(tag);

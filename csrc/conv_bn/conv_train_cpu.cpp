@@ -13,6 +13,7 @@
 
 #include "common/counters.h"
 #include "common/parallel.h"
+#include "common/pooled_tensor.h"
 #include "common/workspace.h"
 #include "conv_bn/bn_act_cpu.h"
 #include "conv_bn/conv_bn.h"
@@ -30,10 +31,6 @@ namespace {
 using namespace conv_engine;  // NOLINT: the kernels' own namespace
 
 constexpr int64_t kTorch = -1;  // instead of one of the engine's tiles
-// Packed weights that stay between calls, 4 MiB. Larger ones would lie beside the other arrays of a
-// step; the page faults that bring them back do not show in its time.
-constexpr int64_t kMostKept = 1 << 20;
-
 // Calls fn(T{}) with the type of the images.
 template <typename Fn>
 void dispatch_image(const Tensor& x, Fn&& fn) {
@@ -78,7 +75,7 @@ void run(Conv& conv, const Weights& weights, const float* bias, int64_t tile, bo
     FASTSEG_COUNT("conv_train.gemm");
     run_gemm(conv);
   }
-  if (floats > kMostKept) packed.release();
+  packed.release_beyond(conv.pixels() * conv.K * static_cast<int64_t>(sizeof *conv.y.data));
 }
 
 void check(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
@@ -127,7 +124,7 @@ Tensor train_conv_cpu(const Tensor& x, const Tensor& weight, const OptionalTenso
   FASTSEG_CHECK(!bias || bias->numel() == K, "train_conv: bias must have ", K, " elements");
   const int64_t Ho = output_size(x.size(2), weight.size(2), stride[0], padding[0], dilation[0]);
   const int64_t Wo = output_size(x.size(3), weight.size(3), stride[1], padding[1], dilation[1]);
-  Tensor y = empty_image(x, {x.size(0), K, Ho, Wo}, x.scalar_type(), MemoryFormat::ChannelsLast);
+  Tensor y = pooled_image(x, {x.size(0), K, Ho, Wo}, MemoryFormat::ChannelsLast);
   if (y.numel() > 0) {
     const Tensor source = pixels_of(x), wide = torch::stable::to(weight, ScalarType::Float);
     Tensor wide_bias;
@@ -229,8 +226,8 @@ Tensor input_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                       const IntList& stride, const IntList& padding, const IntList& dilation,
                       int64_t tile) {
   const Tensor wide = torch::stable::to(weight, ScalarType::Float);
-  Tensor dx = empty_image(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(),
-                          MemoryFormat::ChannelsLast);
+  const Tensor dx =
+      pooled_image(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, MemoryFormat::ChannelsLast);
   dispatch_image(x, [&](auto tag) {
     run_input_gradient<decltype(tag)>(dy, weights_of(wide), stride, padding, dilation, tile, dx);
   });
@@ -276,6 +273,36 @@ std::tuple<Tensor, Tensor> train_conv_backward_cpu(const Tensor& dy, const Tenso
                              need_weight && !own_weight ? &dweight : nullptr);
   if (own_weight && !weight_first) compute_weight();
   return {dx, dweight};
+}
+
+// Turns dy, the gradient of the output, into that of x, of the same shape, by Winograd's algorithm;
+// gives the gradient of the weights if it is needed, else a tensor without elements.
+Tensor train_conv_backward_in_place_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                        const IntList& stride, const IntList& padding,
+                                        const IntList& dilation, int64_t input_tile,
+                                        int64_t weight_tile, bool need_weight) {
+  check(x, weight, stride, padding, dilation, 1, input_tile);
+  FASTSEG_CHECK(input_tile != 0 && dy.dim() == 4 && dy.scalar_type() == x.scalar_type() &&
+                    image_layout(dy) == MemoryFormat::ChannelsLast,
+                "train_conv: in place the input's gradient needs Winograd's algorithm and dy in "
+                "channels-last memory");
+  for (int axis = 0; axis < 2; ++axis) {
+    FASTSEG_CHECK(dy.size(axis) == x.size(axis) && dy.size(2 + axis) == x.size(2 + axis) &&
+                      padding[axis] == dilation[axis],
+                  "train_conv: in place dy must have the shape of x, and the padding must be the "
+                  "dilation");
+  }
+  const Tensor dweight = std::get<1>(train_conv_backward_cpu(
+      dy, x, weight, stride, padding, dilation, 1, kTorch, weight_tile, false, need_weight));
+  if (dy.numel() > 0) {
+    FASTSEG_COUNT("conv_train.in_place");
+    const Tensor wide = torch::stable::to(weight, ScalarType::Float);
+    dispatch_image(x, [&](auto tag) {
+      run_input_gradient<decltype(tag)>(dy, weights_of(wide), stride, padding, dilation, input_tile,
+                                        dy);
+    });
+  }
+  return dweight;
 }
 
 // Moves a running statistic towards `factor` times that of a batch.
@@ -328,6 +355,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "SymInt[] dilation, SymInt groups, int input_tile, int weight_tile, bool need_x, "
       "bool need_weight) -> (Tensor, Tensor)");
   m.def(
+      "train_conv_backward_in_place(Tensor(a!) dy, Tensor x, Tensor weight, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation, int input_tile, int weight_tile, bool need_weight) -> "
+      "Tensor");
+  m.def(
       "train_step(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float eps, "
@@ -336,6 +367,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseg, CPU, m) {
   m.impl("train_conv", TORCH_BOX(&train_conv_cpu));
   m.impl("train_conv_backward", TORCH_BOX(&train_conv_backward_cpu));
+  m.impl("train_conv_backward_in_place", TORCH_BOX(&train_conv_backward_in_place_cpu));
   m.impl("train_step", TORCH_BOX(&train_step_cpu));
 }
 

@@ -29,6 +29,7 @@
 #include "common/counters.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/workspace.h"
 #include "conv_bn/pixels.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/winograd.h"
@@ -63,6 +64,7 @@ struct WeightGradient {
 
   int64_t panels() const { return ceil_div(K, kPanel); }
   int64_t rows() const { return run * C; }
+  int64_t image_bytes() const { return N * H * W * C * static_cast<int64_t>(sizeof(T)); }
   int64_t sums() const { return planes * rows() * panels() * kPanel; }
   // Distance of positions in a: were it a power of two, few cache sets would take all of them.
   static int64_t a_step(int64_t rows) {
@@ -88,22 +90,6 @@ struct WeightGradient {
 #include "common/foreach_isa.inl"
 
 struct PackBuffer;  // names scratch memory
-
-// An array that goes back to the allocator, where the rest of a training step finds its memory.
-// From the pool of workspaces 19 MB more would stay, with 256 channels.
-template <typename Sum>
-class Array {
- public:
-  explicit Array(int64_t n)
-      : tensor_(torch::stable::empty(
-            {&n, 1}, std::is_same_v<Sum, double> ? ScalarType::Double : ScalarType::Float)) {
-    prefer_huge_pages(data(), n * static_cast<int64_t>(sizeof(Sum)));
-  }
-  Sum* data() const { return static_cast<Sum*>(tensor_.mutable_data_ptr()); }
-
- private:
-  Tensor tensor_;
-};
 
 template <typename T>
 void run_direct(WeightGradient<T> g) {
@@ -137,7 +123,7 @@ void run_direct(WeightGradient<T> g) {
   const int64_t b_size = std::min(kTaskPanels, g.panels()) * kPanelStep;
   const bool alone = g.slabs == 1;  // a task has all of its sums
   const int64_t sums_row = std::min(kTaskPanels, g.panels()) * kPanel + kGroup;
-  const Array<Sum> sums(alone ? 0 : g.slabs * g.sums());
+  Workspace<Sum> sums(alone ? 0 : g.slabs * g.sums());
   const auto tasks = [&](int phase) {
     return phase == 0 ? units * parts : g.planes * ceil_div(g.rows(), kFinishedRows);
   };
@@ -168,10 +154,11 @@ void run_direct(WeightGradient<T> g) {
           g, task / blocks, begin, std::min(begin + kFinishedRows, g.rows()), sums.data());
     }
   });
+  sums.release_beyond(g.image_bytes());
 }
 
 void run_winograd(WeightGradient<float> g) {
-  constexpr int64_t kChunk = 128;      // their transforms are nine times as large as they
+  constexpr int64_t kChunk = 96;       // their transforms are nine times as large as they
   constexpr int64_t kPackedTiles = 8;  // of a task
   g.run = 1;
   g.planes = 36;
@@ -179,7 +166,9 @@ void run_winograd(WeightGradient<float> g) {
   g.chunk = std::min(kChunk, g.positions);
   g.a_plane = g.chunk * g.a_step(g.C) + kGroup;
   g.b_plane = g.chunk * g.panels() * kPanel + kGroup;
-  const Array<float> a(g.planes * g.a_plane), b(g.planes * g.b_plane), sums(g.sums());
+  const int64_t a_size = g.planes * g.a_plane, b_size = g.planes * g.b_plane;
+  Workspace<float> memory(a_size + b_size + g.sums());
+  float *const a = memory.data(), *const b = a + a_size, *const sums = b + b_size;
   const std::vector<float> zeros(round_up(std::max(g.C, g.K), kGroup));
 
   const int64_t chunks = ceil_div(g.positions, g.chunk), units = g.planes * g.panels();
@@ -197,21 +186,21 @@ void run_winograd(WeightGradient<float> g) {
     if (phase == 2 * chunks) {
       const int64_t begin = task * kFinishedRows;
       FASTSEG_ISA_CALL(WeightGradientKernel<float>::finish_tiles)(
-          g, begin, std::min(begin + kFinishedRows, g.C), sums.data());
+          g, begin, std::min(begin + kFinishedRows, g.C), sums);
     } else if (phase % 2 == 1) {
       const int64_t part = task % parts, panel = task / parts % g.panels();
       FASTSEG_ISA_CALL(WeightGradientKernel<float>::multiply_tiles)(
           g, task / parts / g.panels(), panel, part_begin(g.C, parts, part),
-          part_begin(g.C, parts, part + 1), count_of(phase), phase > 1, a.data(), b.data(),
-          sums.data());
+          part_begin(g.C, parts, part + 1), count_of(phase), phase > 1, a, b, sums);
     } else {
       const int64_t blocks = ceil_div(count_of(phase), kPackedTiles);
       const int64_t begin = task % blocks * kPackedTiles;
       FASTSEG_ISA_CALL(WeightGradientKernel<float>::pack_tiles)(
           g, phase / 2 * g.chunk, begin, std::min(kPackedTiles, count_of(phase) - begin),
-          zeros.data(), task < blocks, task < blocks ? a.data() : b.data());
+          zeros.data(), task < blocks, task < blocks ? a : b);
     }
   });
+  memory.release_beyond(g.image_bytes());
 }
 
 void check(const Tensor& dy, const Tensor& x, const Tensor& weight, const IntList& stride,

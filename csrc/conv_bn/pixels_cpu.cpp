@@ -13,6 +13,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/pooled_tensor.h"
 #include "conv_engine/conv_engine.h"
 
 namespace fastseg {
@@ -47,8 +48,8 @@ Tensor pixels_of(const Tensor& t) {
   if (t.scalar_type() != ScalarType::Float || !t.is_contiguous()) {
     return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
   }
-  Tensor pixels = empty_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(),
-                              MemoryFormat::ChannelsLast);
+  Tensor pixels =
+      pooled_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, MemoryFormat::ChannelsLast);
   transpose_images(t, pixels, true);
   return pixels;
 }
@@ -59,8 +60,8 @@ Tensor in_layout(const Tensor& pixels, MemoryFormat layout) {
     return dense(pixels, layout);
   }
   Tensor planes =
-      empty_image(pixels, {pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)},
-                  pixels.scalar_type(), MemoryFormat::Contiguous);
+      pooled_image(pixels, {pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)},
+                   MemoryFormat::Contiguous);
   transpose_images(pixels, planes, false);
   return planes;
 }

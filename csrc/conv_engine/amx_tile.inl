@@ -105,7 +105,7 @@ static void patch_tile(int64_t rows, int64_t columns, const Patch<BFloat16>& fir
 }
 
 // The tiles have kTileRows rows. Where the block has fewer, they read on behind it: the transforms
-// of other tiles or, behind the last of them, the memory for products.
+// of other tiles or, behind the last of them, memory that is left for that.
 template <class Rows>
 static void gemm_tile(int64_t rows, int64_t columns, const BFloat16* a, const BFloat16* b,
                       Ahead<BFloat16> ahead, int64_t depth, int64_t, const Rows& out) {

@@ -4,8 +4,9 @@
 //   V (transformed input) of a piece of C, point and block: [C / kLine][rows][kLine]
 //   packed weight: [piece][point][panel][C / kPerWord, of whole lines][kPanel][kPerWord]
 //   M (products) of a point: [tile][output channel]
-// Points of V and M, and tiles of M, lie a cache line further apart than they need to, so that they
-// do not fall on the same cache sets.
+// Of up to kWinogradPiece channels M of a point takes the place of V of the point before, whose
+// lines are still near: that is half of the memory. Points of V and M, and tiles of M, lie a cache
+// line further apart than they need to, so that they do not fall on the same cache sets.
 
 // fn(0), ..., fn(n - 1). The transform along one axis of a tile that does not fit in registers is
 // one piece of code for all its rows: that is as fast and compiles in half of the time.
@@ -34,15 +35,16 @@ struct WinogradKernel {
   static void run(const Conv& conv, const TileGrid& grid, int64_t begin, int64_t end,
                   float* scratch) {
     const int64_t C = conv.channels(), tiles = end - begin;
-    const int64_t v_point = v_point_size(conv, tiles), m_point = m_point_size(conv, tiles);
+    const Places places(conv, tiles);
+    const int64_t v_point = places.v_point * kPerWord<E>, m_point = places.m_point;
 #if FASTSEG_ISA_LEVEL == 4
     const TileRegisters amx_tiles(kTileRows);
 #endif
-    E* v = reinterpret_cast<E*>(scratch);
-    float* m = scratch + kPoints * v_point / kPerWord<E>;
-    T* zeros = reinterpret_cast<T*>(m + kPoints * m_point);
+    E* v = reinterpret_cast<E*>(scratch + places.v);
+    float* m = scratch + places.m;
+    T* zeros = reinterpret_cast<T*>(scratch + places.end);
     for (int64_t c = 0; c < C; ++c) zeros[c] = 0;
-    Block* blocks = reinterpret_cast<Block*>(m + kPoints * m_point + C);
+    Block* blocks = reinterpret_cast<Block*>(scratch + places.end + C);
     const int64_t count = cut(grid, begin, end, blocks);
     const E* b = conv.weight;
     for (int64_t c = 0; c < C; c += kWinogradPiece) {
@@ -87,8 +89,7 @@ struct WinogradKernel {
   // Floats of scratch memory that run() needs for so many tiles.
   static int64_t scratch_size(const Conv& conv, int64_t tiles) {
     const int64_t blocks = most_blocks(tiles) * static_cast<int64_t>(sizeof(Block) / sizeof(float));
-    return kPoints * (v_point_size(conv, tiles) / kPerWord<E> + m_point_size(conv, tiles)) +
-           conv.channels() + blocks;
+    return Places(conv, tiles).end + conv.channels() + blocks;
   }
 
  private:
@@ -142,16 +143,30 @@ struct WinogradKernel {
     }
   }
 
-  // Distance of the points in V and in M, and of the tiles in M.
-  static int64_t v_point_size(const Conv& conv, int64_t tiles) {
-    const int64_t C = conv.channels();
-    return tiles * (C < kWinogradPiece ? C : kWinogradPiece) + kLine<E>;
-  }
-  static int64_t m_point_size(const Conv& conv, int64_t tiles) {
-    return tiles * row_size(conv) + kGroup;
-  }
+  // Where V and M begin in the scratch memory and end, and the distances of their points, in
+  // floats.
+  struct Places {
+    int64_t v, m, end, v_point, m_point;
+
+    Places(const Conv& conv, int64_t tiles) {
+      const int64_t C = conv.channels();
+      v_point = tiles * (C < kWinogradPiece ? C : kWinogradPiece) / kPerWord<E> + kGroup;
+      m_point = tiles * row_size(conv) + kGroup;
+      if (C <= kWinogradPiece) {
+        v = v_point = m_point = v_point > m_point ? v_point : m_point;
+        m = 0;
+        end = (kPoints + 1) * v_point;
+      } else {
+        v = 0;
+        m = kPoints * v_point;
+        end = m + kPoints * m_point;
+      }
+      if (FASTSEG_ISA_LEVEL == 4) end += kRows * kGroup;  // see gemm_tile() in amx_tile.inl
+    }
+  };
   // Products in one sum, by how much the transforms of the result amplify its error.
   static int64_t terms(int64_t C) { return Pair::kOut < 6 ? 64 : C > 32 ? 32 : 16; }
+  // Distance of the tiles in M.
   static int64_t row_size(const Conv& conv) { return conv.panels() * kPanel + kGroup; }
   static int64_t columns(const Conv& conv, int64_t k) {
     return conv.K - k < kPanel ? conv.K - k : kPanel;

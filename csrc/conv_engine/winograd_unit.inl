@@ -35,11 +35,13 @@ template <class Conv>
 int64_t task_tiles(const Conv& conv, int64_t points) {
   const int64_t C = conv.channels(), K = conv.panels() * kPanel;
   const int64_t v_bytes = std::min(C, kWinogradPiece) * sizeof(typename Conv::Operand);
-  const int64_t tile_bytes = points * (v_bytes + K * static_cast<int64_t>(sizeof(float)));
-  const int64_t cached = l2_bytes() * 3 / 8 / tile_bytes;
+  const int64_t m_bytes = K * static_cast<int64_t>(sizeof(float));
+  const int64_t tile_bytes =
+      points * (C <= kWinogradPiece ? std::max(v_bytes, m_bytes) : v_bytes + m_bytes);
+  const int64_t cached = l2_bytes() * 3 / 16 / tile_bytes;
   const int64_t amortised = C * K / (C + K) / 2;
   return std::clamp<int64_t>(std::max(cached, amortised), kMaxRows,
-                             std::max<int64_t>(kMaxRows, 8 * l2_bytes() / tile_bytes));
+                             std::max<int64_t>(kMaxRows, 4 * l2_bytes() / tile_bytes));
 }
 
 template <class Pair, class Conv>
@@ -62,11 +64,45 @@ void run_pair(const Conv& conv) {
   });
 }
 
+// A convolution whose padding is its dilation, in the place of its input: a task is a whole
+// sub-grid, which no other reads and which is transformed before its outputs are written.
+template <class Pair, class Conv>
+void run_pair_in_place(const Conv& conv) {
+  const auto sub_grid = [&](int64_t n, int64_t y, int64_t x) {
+    Conv sub = conv;
+    sub.N = sub.dilation_h = sub.dilation_w = sub.pad_h = sub.pad_w = 1;
+    sub.H = sub.Ho = ceil_div(conv.H - y, conv.dilation_h);
+    sub.W = sub.Wo = ceil_div(conv.W - x, conv.dilation_w);
+    const int64_t row = conv.y.row * conv.dilation_h, pixel = conv.y.pixel * conv.dilation_w;
+    sub.y = {conv.y.at(n, y, x), conv.y.batch, row, pixel};
+    sub.x = {sub.y.data, conv.y.batch, row, pixel};
+    return sub;
+  };
+  const auto grid_of = [](const Conv& sub) {
+    return TileGrid(Pair{}, 1, sub.Ho, 1, sub.Wo, 1, false);
+  };
+  const Conv largest = sub_grid(0, 0, 0);
+  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(
+      largest, grid_of(largest).begin[4]);
+  const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
+  const int64_t columns = std::min(conv.dilation_w, conv.W);
+  const int64_t rows = std::min(conv.dilation_h, conv.H);
+  parallel_tasks(conv.N * rows * columns, [&](int64_t task) {
+    const int64_t line = task / columns;
+    const Conv sub = sub_grid(line / rows, line % rows, task % columns);
+    const TileGrid grid = grid_of(sub);
+    kernel(sub, grid, 0, grid.begin[4], scratch<TaskBuffer>(floats));
+  });
+}
+
 }  // namespace
 
 template <class Conv>
 void run_winograd(const Conv& conv, int64_t tile) {
-  dispatch_tile<typename Conv::Operand>(tile, [&](auto pair) { run_pair<decltype(pair)>(conv); });
+  dispatch_tile<typename Conv::Operand>(tile, [&](auto pair) {
+    if (conv.x.data != conv.y.data) return run_pair<decltype(pair)>(conv);
+    run_pair_in_place<decltype(pair)>(conv);
+  });
 }
 
 }  // namespace conv_engine

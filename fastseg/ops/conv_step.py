@@ -4,7 +4,7 @@ of CUDA or in torch's operators.
 Memory: from forward to backward a layer keeps its input and the convolution's output, neither that
 of the batch norm nor a mask. Between steps stay packed weights of up to 4 MiB a layer, in the pool
 of workspaces, which holds 256 MiB at most; and per thread a buffer for each kind of kernel that
-ran, the largest for transformed tiles: up to eight times the second-level cache."""
+ran, the largest for transformed tiles: up to four times the second-level cache."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from ._conv_options import Geometry, allows_tf32, output_size
 from ._layout import empty_image
 from .conv_act import channel_sums
 from .conv_bn_autograd import stats_dtype
-from .conv_train import TORCH, UNFUSED, TrainingKernels, conv_format
+from .conv_train import TORCH, UNFUSED, TrainingKernels, conv_format, fits_in_place
 
 
 class StepPlan(NamedTuple):
@@ -185,12 +185,17 @@ class TrainingStep(torch.autograd.Function):
                 [need_x, need_weight, need_bias],
             )
         else:
-            if need_x or need_weight:
-                dx, dweight = torch.ops.fastseg.train_conv_backward(
-                    dy, x, weight, *geometry, groups, *ctx.gradient_tiles, need_x, need_weight
-                )
             if need_bias:
                 dbias = channel_sums(dy)
+            step, tiles = (dy, x, weight, *geometry), ctx.gradient_tiles
+            in_place = need_x and not torch.compiler.is_compiling()
+            if in_place and fits_in_place(dy, x, tiles[0], *geometry[1:]):
+                dweight = torch.ops.fastseg.train_conv_backward_in_place(*step, *tiles, need_weight)
+                dx = dy
+            elif need_x or need_weight:
+                dx, dweight = torch.ops.fastseg.train_conv_backward(
+                    *step, groups, *tiles, need_x, need_weight
+                )
         if residual is None:
             dresidual = dz if ctx.with_residual else None
         return (
@@ -227,6 +232,11 @@ def _(x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var, 
     y = torch.ops.fastseg.train_conv(x, weight, bias, *geometry, groups, tile)
     stats = [y.new_empty(y.shape[1], dtype=stats_dtype(y)) for _ in range(2)]
     return torch.empty_like(y), y, *stats
+
+
+@torch.library.register_fake("fastseg::train_conv_backward_in_place")
+def _(dy, x, weight, stride, padding, dilation, input_tile, weight_tile, need_weight):
+    return empty_image(weight, weight.shape) if need_weight else x.new_empty(0)
 
 
 @torch.library.register_fake("fastseg::train_conv_backward")

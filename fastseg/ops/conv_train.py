@@ -191,6 +191,27 @@ def _gradient_kernel(
 _choose_once = lru_cache(4096)(_choose)
 
 
+MOST_SCRATCH = 4 << 20  # of transformed tiles, bytes per thread
+
+
+def fits_in_place(
+    dy: Tensor, x: Tensor, tile: int, padding: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether the gradient of x can be written over ``dy``, the convolution's: one image less. By
+    Winograd's algorithm, a whole sub-grid of a dilated convolution at a time; those have to be
+    small enough for the scratch memory and large enough for the weights that each of them reads."""
+    if tile < 2 or dy.shape != x.shape or tuple(padding) != tuple(dilation):
+        return False
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, x)):
+        return False
+    N, C, H, W = x.shape
+    tiles = -(-H // (dilation[0] * tile)) * -(-W // (dilation[1] * tile))
+    sub_grids = N * min(H, dilation[0]) * min(W, dilation[1])
+    scratch = 4 * ((tile + 2) ** 2 + 1) * tiles * (C + 16)
+    enough = sub_grids >= 4 * torch.get_num_threads() and tiles >= C / 4
+    return C > 1 and enough and scratch <= MOST_SCRATCH
+
+
 def conv_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """conv2d gives channels last if the input or the weight is."""
     for t in (x, weight):

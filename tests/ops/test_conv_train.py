@@ -7,7 +7,7 @@ from torch.library import opcheck
 import fastseg
 from fastseg.nn import ConvBNReLU2d
 from fastseg.ops import conv_bn_act, conv_bn_act_reference
-from fastseg.ops.conv_train import TORCH, training_kernels
+from fastseg.ops.conv_train import TORCH, fits_in_place, training_kernels
 
 pytestmark = pytest.mark.usefixtures("not_emulated", "smallest_fused")
 
@@ -66,6 +66,68 @@ def test_convolution_and_gradients(shape, tile, layout, cpu_isa):
     for got, exact in zip((y, *gradients(dy)), right, strict=True):
         assert got.shape == exact.shape
         assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("shape", [(2, 40, 33, 30, (2, 2)), (3, 33, 7, 19, (9, 3))], ids=str)
+def test_gradient_in_place(shape, tile, dtype, cpu_isa):
+    """The same bits as in memory of its own, also of pixels that lie apart."""
+    N, C, H, W, dilation = shape
+    x, weight, _ = case(N, C, H, W, C, dilation, dilation)
+    x, weight = x.to(dtype), weight.to(dtype)
+    geometry = ([1, 1], list(dilation), list(dilation))
+    whole = torch.randn(N, C + 3, H, W).to(memory_format=LAST, dtype=dtype)
+    dy = whole[:, 1:-2]
+    tiles = (tile, 0, True)
+    right = torch.ops.fastseg.train_conv_backward(dy, x, weight, *geometry, 1, tile, 0, True, True)
+    around = whole[:, -2:].clone()
+    got = torch.ops.fastseg.train_conv_backward_in_place(dy, x, weight, *geometry, *tiles)
+    assert torch.equal(dy, right[0])
+    assert torch.equal(got, right[1])
+    assert torch.equal(whole[:, -2:], around)
+
+
+def test_a_step_in_place(threads):
+    """A layer takes one image less where sub-grids make good tasks; bits stay, and what a caller
+    can see of the graph is left alone."""
+    threads(1)
+    torch.manual_seed(0)
+    layer = ConvBNReLU2d(64, 64, 3, padding=2, dilation=2)
+    x = torch.randn(1, 64, 34, 36).contiguous(memory_format=LAST).requires_grad_()
+    inputs = (x, *layer.parameters())
+    grad = torch.randn(1, 64, 34, 36).contiguous(memory_format=LAST)
+    before = grad.clone()
+    results = []
+    for retain in (True, False):
+        for count, in_place in ((1, 1), (2, 0)):
+            z = layer(x)
+            threads(count)
+            fastseg._C.reset_kernel_counts()
+            results.append(torch.autograd.grad(z, inputs, grad, retain_graph=retain))
+            assert fastseg._C.kernel_counts().get("conv_train.in_place", 0) == in_place
+            if retain:
+                results.append(torch.autograd.grad(z, inputs, grad))
+            threads(1)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+    assert torch.equal(grad, before)
+
+
+def test_fits_in_place():
+    def fits(N, C, H, W, tile=4, padding=(2, 2), dilation=(2, 2), K=None, layout=LAST):
+        x = torch.empty(N, C, H, W).contiguous(memory_format=layout)
+        dy = torch.empty(N, K or C, H, W).contiguous(memory_format=layout)
+        return fits_in_place(dy, x, tile, padding, dilation)
+
+    assert fits(4, 256, 65, 65)
+    assert not fits(4, 256, 65, 65, tile=0)
+    assert not fits(4, 256, 65, 65, K=128)
+    assert not fits(4, 256, 65, 65, padding=(1, 2))
+    assert not fits(4, 256, 65, 65, layout=torch.contiguous_format)
+    assert not fits(1, 256, 65, 65, padding=(1, 1), dilation=(1, 1))  # one sub-grid alone
+    assert not fits(4, 256, 33, 33)  # sub-grids that are small beside the weights
+    assert not fits(16, 64, 200, 200, padding=(1, 1), dilation=(1, 1))  # large ones
 
 
 @cases
@@ -255,6 +317,14 @@ def test_operator_registration():
             tiles = (tile, tile, True, tile != 0)
             arguments = (torch.randn(1, 33, 9, 8), x, weight, *geometry, *tiles)
             opcheck(torch.ops.fastseg.train_conv_backward.default, arguments, test_utils=tests)
+            if tile == 4:
+                dy = torch.randn(1, 32, 9, 8).contiguous(memory_format=LAST)
+                arguments = (dy, x, weight[:32], *geometry[:3], tile, 0, True)
+                opcheck(
+                    torch.ops.fastseg.train_conv_backward_in_place.default,
+                    arguments,
+                    test_utils=tests,
+                )
             norm = (torch.randn(33), None, torch.randn(1, 33, 9, 8))
             running = (torch.randn(33), torch.rand(33), 0.1)
             options = (*geometry, 1e-5, 0.0)
@@ -270,6 +340,14 @@ def test_errors():
         train_conv(x, weight, None, ((2, 2), *options.values()), 4)
     with pytest.raises(ValueError, match="the engine takes x"):
         train_conv(x.double(), weight.double(), None, (ONE, *options.values()), 0)
+    in_place = torch.ops.fastseg.train_conv_backward_in_place
+    geometry = ([1, 1], [1, 1], [1, 1])
+    with pytest.raises(ValueError, match="in place the input's gradient needs Winograd's"):
+        in_place(x.clone(), x, weight[:32], *geometry, 0, 0, False)
+    with pytest.raises(ValueError, match="in place dy must have the shape of x"):
+        in_place(
+            torch.randn(2, 48, 33, 31).to(memory_format=LAST), x, weight, *geometry, 4, 0, False
+        )
     _, gradients = train_conv(x, weight, None, (ONE, *options.values()), 4)
     with pytest.raises(ValueError, match="dy must have the output's size, 33 along axis 2, got 9"):
         gradients(torch.randn(2, 48, 9, 31))
