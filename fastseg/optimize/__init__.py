@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
+from ..nn.packed import PackedConv2d
+from ..nn.pooling import MaxUnpool2d
 from ..ops.conv_choice import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
-from .max_pools import faster_pool
+from .max_pools import READ_BY_UNPOOLING, faster_pool
 from .replay import Replayed, buffers_of
 from .tracing import has_options, reads_strides, required_arguments, trace
 
@@ -50,10 +52,10 @@ def optimize(
             rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
             them, nor is a last resize or a map that it is too coarse for (:mod:`.constants`);
             floating-point inputs are cast, results are float32.
-        accuracy: "default" allows Winograd's F(4, 3), whose error is at most 1e-5 of the largest
-            output per layer; "strict" only what rounds no more than torch's own convolution;
-            "fast" is the default but for bfloat16 on some processors, see
-            :mod:`fastseg.ops.conv_choice`.
+        accuracy: "default" allows Winograd's F(6, 3), whose error is at most 1e-5 of the largest
+            output per layer, in networks that unpool maxima to their places F(4, 3); "strict" only
+            what rounds no more than torch's own convolution; "fast" is the default but for bfloat16
+            on some processors, see :mod:`fastseg.ops.conv_choice`.
 
     Returns:
         The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.
@@ -80,6 +82,12 @@ def optimize(
         fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
     else:
         fast = _optimize(form, settings, report, "")
+    unpools = any(isinstance(m, (nn.MaxUnpool2d, MaxUnpool2d)) for m in model.modules())
+    unpools = unpools or any(text == READ_BY_UNPOOLING for _, text in report)
+    if unpools and accuracy == "default":
+        for module in fast.modules():
+            if isinstance(module, PackedConv2d) and module.dtype == torch.float32:
+                module.accuracy = "maxima"
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
         vars(fast)[NOTES] = report

@@ -15,6 +15,8 @@ from .fusion import Report, argument, call_instead, is_plain, module_of, pair
 WINDOW = ("kernel_size", "stride", "padding")
 POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
+READ_BY_UNPOOLING = "max pool with compact indices, read by its unpooling"  # in reports
+
 
 def pool(traced: fx.GraphModule, report: Report) -> None:
     """Max pools keep one byte per maximum; where an unpooling reads it, so does that."""
@@ -45,7 +47,7 @@ def pool(traced: fx.GraphModule, report: Report) -> None:
             )
             call_instead(traced, reader, Unpool(**window), args)
         call_instead(traced, node, MaxPool2d(**options), (x,))
-        report.append((node.name, "max pool with compact indices, read by its unpooling"))
+        report.append((node.name, READ_BY_UNPOOLING))
 
 
 def faster_pool(module: nn.Module) -> MaxPool2d | None:

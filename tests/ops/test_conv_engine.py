@@ -265,6 +265,7 @@ def test_choice():
     assert choice(64, 64, padding=(1, 1)) == 6
     assert choice(512, 512, padding=(4, 4), dilation=(4, 4)) == 6
     assert choice(64, 64, padding=(1, 1), accuracy="strict") == 2
+    assert choice(64, 64, padding=(1, 1), accuracy="maxima") == 4
     assert choice(64, 64, stride=(2, 2)) == 0
     assert choice(64, 64, kernel=(1, 1)) == 0
     assert choice(3, 64) == 0
