@@ -2,9 +2,9 @@
 of CUDA or in torch's operators.
 
 Memory: from forward to backward a layer keeps its input and the convolution's output, neither that
-of the batch norm nor a mask. Images, packed weights and sums come from the pool of workspaces, which
-keeps what is freed, 256 MiB at most, but none much larger than an image; per thread stays a buffer
-for each kind of kernel that ran, the largest for transformed tiles: up to four times the
+of the batch norm nor a mask. Images, packed weights and sums come from the pool of workspaces,
+which keeps what is freed, 256 MiB at most, but no array much larger than an image; per thread stays
+a buffer for each kind of kernel that ran, the largest for transformed tiles: up to four times the
 second-level cache."""
 
 from collections.abc import Sequence
