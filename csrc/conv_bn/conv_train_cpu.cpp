@@ -31,6 +31,7 @@ namespace {
 using namespace conv_engine;  // NOLINT: the kernels' own namespace
 
 constexpr int64_t kTorch = -1;  // instead of one of the engine's tiles
+
 // Calls fn(T{}) with the type of the images.
 template <typename Fn>
 void dispatch_image(const Tensor& x, Fn&& fn) {
@@ -65,7 +66,10 @@ void run(Conv& conv, const Weights& weights, const float* bias, int64_t tile, bo
   conv.weight = packed.data();
   conv.bias = packed.data() + floats - round_up(conv.K, kPanel);
   conv.stream = is_streamed(conv.pixels() * conv.K, conv.y);
-  if (tile != 0) {
+  if (conv.x.data == conv.y.data) {
+    FASTSEG_COUNT("conv_train.in_place");
+    run_winograd_in_place(conv, tile);
+  } else if (tile != 0) {
     FASTSEG_COUNT("conv_train.winograd");
     run_winograd(conv, tile);
   } else if (natural && has_few_channels(conv)) {
@@ -295,7 +299,6 @@ Tensor train_conv_backward_in_place_cpu(const Tensor& dy, const Tensor& x, const
   const Tensor dweight = std::get<1>(train_conv_backward_cpu(
       dy, x, weight, stride, padding, dilation, 1, kTorch, weight_tile, false, need_weight));
   if (dy.numel() > 0) {
-    FASTSEG_COUNT("conv_train.in_place");
     const Tensor wide = torch::stable::to(weight, ScalarType::Float);
     dispatch_image(x, [&](auto tag) {
       run_input_gradient<decltype(tag)>(dy, weights_of(wide), stride, padding, dilation, input_tile,

@@ -36,9 +36,12 @@ void run_gemm(const Conv& conv);
 // Matrix products of one image whose results none of them reads, each as run_gemm does it.
 template <class Conv>
 void run_gemms(const std::vector<Conv>& convs);
-// y may be x, of as many channels, where the padding is the dilation and nothing else is fused.
 template <class Conv>
 void run_winograd(const Conv& conv, int64_t tile);
+// The same where y is x: the padding is the dilation, and nothing but a bias is fused. For float32
+// products.
+template <class Conv>
+void run_winograd_in_place(const Conv& conv, int64_t tile);
 template <class Conv>
 void run_winograd_1d(const Conv& conv);
 

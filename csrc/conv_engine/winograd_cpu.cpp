@@ -5,6 +5,7 @@ namespace fastseg {
 namespace conv_engine {
 
 template void run_winograd(const Convolution<float, float>&, int64_t);
+template void run_winograd_in_place(const Convolution<float, float>&, int64_t);
 
 }  // namespace conv_engine
 }  // namespace fastseg

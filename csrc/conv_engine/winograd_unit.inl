@@ -64,8 +64,8 @@ void run_pair(const Conv& conv) {
   });
 }
 
-// A convolution whose padding is its dilation, in the place of its input: a task is a whole
-// sub-grid, which no other reads and which is transformed before its outputs are written.
+// A task is a whole sub-grid, which no other reads and which is transformed before its outputs are
+// written.
 template <class Pair, class Conv>
 void run_pair_in_place(const Conv& conv) {
   const auto sub_grid = [&](int64_t n, int64_t y, int64_t x) {
@@ -99,10 +99,13 @@ void run_pair_in_place(const Conv& conv) {
 
 template <class Conv>
 void run_winograd(const Conv& conv, int64_t tile) {
-  dispatch_tile<typename Conv::Operand>(tile, [&](auto pair) {
-    if (conv.x.data != conv.y.data) return run_pair<decltype(pair)>(conv);
-    run_pair_in_place<decltype(pair)>(conv);
-  });
+  dispatch_tile<typename Conv::Operand>(tile, [&](auto pair) { run_pair<decltype(pair)>(conv); });
+}
+
+template <class Conv>
+void run_winograd_in_place(const Conv& conv, int64_t tile) {
+  dispatch_tile<typename Conv::Operand>(
+      tile, [&](auto pair) { run_pair_in_place<decltype(pair)>(conv); });
 }
 
 }  // namespace conv_engine

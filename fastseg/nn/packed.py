@@ -30,7 +30,7 @@ class PackedConv2d(nn.Module):
         conv: a convolution for which :func:`unsupported` has no objection.
         bn: the batch norm behind it, or None.
         activation: a key of ``ops.conv_engine.ACTIVATIONS``; "leaky_relu" with ``negative_slope``.
-        accuracy: "default", "strict" or "fast", see ``ops.conv_choice.choose_algorithm``.
+        accuracy: see ``ops.conv_choice.choose_algorithm``.
         dtype: float32, or bfloat16 for inputs that are cast to it and results of it.
         residual_last: the residual is added behind the activation.
 

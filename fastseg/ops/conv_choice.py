@@ -135,7 +135,8 @@ def choose_algorithm(
         dtype: of the images, float32 or bfloat16.
         accuracy: how far transforms may round. "default": whole networks stay within the errors of
             the peers' own in this dtype; "strict": no more than torch's own convolution; "fast":
-            in bfloat16 up to 1.3 times the errors of torch's networks, in float32 the default.
+            in bfloat16 up to 1.3 times the errors of torch's networks, in float32 the default;
+            "maxima", of float32 alone: the default without F(6, 3), see ``MAXIMA``.
     """
     C, K = in_channels // groups, out_channels // groups
     layer = (C, K, kernel_size, size, stride, padding, dilation)

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
 from ..nn.packed import PackedConv2d
-from ..nn.pooling import MaxUnpool2d
 from ..ops.conv_choice import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
@@ -82,7 +81,7 @@ def optimize(
         fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
     else:
         fast = _optimize(form, settings, report, "")
-    unpools = any(isinstance(m, (nn.MaxUnpool2d, MaxUnpool2d)) for m in model.modules())
+    unpools = any(isinstance(m, nn.MaxUnpool2d) for m in model.modules())
     unpools = unpools or any(text == READ_BY_UNPOOLING for _, text in report)
     if unpools and accuracy == "default":
         for module in fast.modules():
