@@ -24,9 +24,12 @@ constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kW
 constexpr int kPixels = 64 * kConsumers, kStages = 4;
 static_assert(kPixels == kConvTile);
 constexpr int kRowBytes = 128, kDepth = kRowBytes / 2;  // of a tile row in one step
-// Registers of a thread. All start with 168, what a block of kThreads leaves each.
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
-static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
+// Registers of a thread: as many as a block of kThreads can have at the start, then what warpgroups
+// give and take. Only what the block started with can be taken; for more they would wait forever.
+constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * kStartRegisters);
 // The epilogue passes 32 columns at a time through shared memory, in rows of 40 floats: then pairs
 // that 16 lanes write fall into different banks.
 constexpr int kSlab = 32, kSlabStride = 40;

@@ -162,6 +162,8 @@ def from_torch_indices(
 
 def max_pool2d_reference(x, kernel_size, stride=None, padding=0, ceil_mode=False, packed=False):
     """What max_pool2d means, in plain PyTorch."""
+    if x.is_cuda:  # torch's channels-last kernel there has index 0 for every window of -inf alone
+        x = x.contiguous()
     y, flat = F.max_pool2d(
         x, kernel_size, stride, padding, ceil_mode=ceil_mode, return_indices=True
     )

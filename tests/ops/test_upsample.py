@@ -241,7 +241,10 @@ def test_gradient(align_corners, device):
     for shape, size in (((2, 3, 4, 5), (7, 9)), ((1, 4, 6, 5), (3, 4))):
         logits = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
         assert gradcheck(
-            lambda t, size=size: upsample_softmax(t, size, align_corners), (logits,), fast_mode=True
+            lambda t, size=size: upsample_softmax(t, size, align_corners),
+            (logits,),
+            fast_mode=True,
+            nondet_tol=1e-12 if device == "cuda" else 0.0,  # torch's adjoint of a resize adds there
         )
         assert not upsample_argmax(logits, size).requires_grad
 
