@@ -6,6 +6,7 @@ per variant. Peers get channels-last inputs, ``cudnn.benchmark`` and the same dt
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Callable
@@ -278,7 +279,7 @@ def network(batch: int, goal: float) -> Case:
         model = fastseg.models.deeplabv3_resnet50().eval().cuda().half()
         model = model.to(memory_format=torch.channels_last).requires_grad_(False)
         x = nhwc(batch, 3, 513, 513)
-        plain = unfused(model)
+        plain = unfused(copy.deepcopy(model))  # in place
         fast = compiled(plain)
         return {
             "eager": lambda: plain(x),

@@ -311,13 +311,16 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// z = activation(z + residual), in place; residual may be null.
+// z = activation(z + bias + residual), in place; bias (C,) and residual may be null.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    add_activate(int64_t size, bool aligned, const T* residual, typename Accumulate<T>::type slope,
-                 T* z) {
+    add_activate(DenseLayout layout, int64_t size, bool aligned, const T* bias, const T* residual,
+                 typename Accumulate<T>::type slope, T* z) {
   using acc = typename Accumulate<T>::type;
   const int64_t step = int64_t{gridDim.x} * kThreads * kCount<T>;
+  const auto channel_of = [&](int64_t at) {
+    return (layout.channels_last ? at : at / layout.HW) % layout.C;
+  };
   for (int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kCount<T>; at < size;
        at += step) {
     const int count = size - at < kCount<T> ? static_cast<int>(size - at) : kCount<T>;
@@ -328,6 +331,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kCount<T>; ++k) {
       acc t = static_cast<acc>(values[k]);
+      if (bias && k < count) t += static_cast<acc>(bias[channel_of(at + k)]);
       if (residual) t += static_cast<acc>(added[k]);
       values[k] = static_cast<T>(activate(t, slope));
     }

@@ -26,7 +26,8 @@ struct __attribute__((visibility("hidden"))) BatchNorm {
 Tensor normalize_activate(const Tensor& y, const BatchStats& stats, const BatchNorm& norm,
                           const OptionalTensor& residual);
 
-// activation(z + residual), in place; the residual has the layout of z.
-void add_activate_(Tensor& z, const OptionalTensor& residual, double slope);
+// activation(z + bias + residual), in place; bias is (C,) in the dtype of z.
+void add_activate_(Tensor& z, const OptionalTensor& bias, const OptionalTensor& residual,
+                   double slope);
 
 }  // namespace fastseg

@@ -255,18 +255,23 @@ Tensor normalize_activate(const Tensor& y, const BatchStats& stats, const BatchN
   return z;
 }
 
-void add_activate_(Tensor& z, const OptionalTensor& residual, double slope) {
-  if ((!residual.has_value() && slope == 1) || z.numel() == 0) return;
+void add_activate_(Tensor& z, const OptionalTensor& bias, const OptionalTensor& residual,
+                   double slope) {
+  const bool nothing = !bias.has_value() && !residual.has_value() && slope == 1;
+  if (nothing || z.numel() == 0) return;
   const DenseLayout layout = dense_layout(z);
-  Tensor r;
+  Tensor b, r;
+  if (bias.has_value()) b = torch::stable::contiguous(*bias);
   if (residual.has_value()) r = with_layout(*residual, z, layout);
   dispatch_floating(z, "conv_bn_act", [&](auto tag) {
     using T = decltype(tag);
     T* data = z.mutable_data_ptr<T>();
+    const T* biases = bias.has_value() ? b.const_data_ptr<T>() : nullptr;
     const T* added = residual.has_value() ? r.const_data_ptr<T>() : nullptr;
     const int64_t blocks = ceil_div<int64_t>(z.numel(), kThreads * kCount<T>);
     launch(add_activate<T>, static_cast<unsigned>(std::min<int64_t>(blocks, 4 * kBlocks)), kThreads,
-           0, current_stream(z), z.numel(), aligned_16(data, added), added, slope, data);
+           0, current_stream(z), layout, z.numel(), aligned_16(data, added), biases, added, slope,
+           data);
   });
 }
 

@@ -38,6 +38,35 @@ inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const Opt
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// relu(conv2d(x, weight, bias) + residual) by cuDNN, one group; throws where it cannot.
+inline Tensor torch_convolution_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                     const OptionalTensor& residual, const IntList& stride,
+                                     const IntList& padding, const IntList& dilation) {
+  using torch::stable::detail::from;
+  constexpr int64_t kGroups = 1;
+  if (!residual.has_value()) {
+    std::array<StableIValue, 7> stack{from(x),      from(weight),  from(OptionalTensor(bias)),
+                                      from(stride), from(padding), from(dilation),
+                                      from(kGroups)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  // The scale of the residual, a Scalar, is 1 if absent.
+  std::array<StableIValue, 9> stack{from(x),
+                                    from(weight),
+                                    from(*residual),
+                                    from(std::optional<double>{}),
+                                    from(OptionalTensor(bias)),
+                                    from(stride),
+                                    from(padding),
+                                    from(dilation),
+                                    from(kGroups)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cudnn_convolution_add_relu", "", stack.data(),
+                                               TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // torch's gradients of that convolution in x and weight, where dx and dweight are not null, in the
 // layout that image_layout gives those.
 inline void torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,

@@ -8,6 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <set>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -167,8 +170,9 @@ void plan(ConvForward& conv, bool wide, int64_t element_size) {
   set_blocks(conv.schedule);
 }
 
-// Whether wgmma is expected to be the faster of ours for these branches.
+// Whether wgmma serves these branches and is expected to be the faster of ours.
 bool wgmma_pays(const ConvForward& conv) {
+  if (conv.whole == 0) return false;
   double mma = 0, wgmma = 0;
   for (int i = 0; i < conv.branches; ++i) {
     const ConvBranch& b = conv.branch[i];
@@ -251,6 +255,39 @@ Tensor our_convolution(const Tensor& x, const Tensor& weight, const OptionalTens
   return z;
 }
 
+// Layers for which cuDNN has convolutions that end with bias, residual and ReLU.
+bool cudnn_fuses(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                 const Geometry& g, double slope) {
+  const ScalarType dtype = x.scalar_type();
+  return slope == 0 && g.groups == 1 &&
+         (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && x.numel() > 0 &&
+         weight.numel() > 0 && bias.has_value() && bias->scalar_type() == dtype &&
+         image_layout(x) == MemoryFormat::ChannelsLast;
+}
+
+// Sets z to relu(conv2d(x) + bias + residual) by cuDNN; false if this cuDNN has no engine for it.
+bool cudnn_fused(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& residual, const Geometry& g, Tensor* z) {
+  static std::mutex mutex;
+  static std::set<std::vector<int64_t>> refused;
+  std::vector<int64_t> key{static_cast<int64_t>(x.scalar_type()), residual.has_value()};
+  for (int i = 0; i < 4; ++i) key.insert(key.end(), {x.size(i), weight.size(i)});
+  for (int i = 0; i < 2; ++i) key.insert(key.end(), {g.stride[i], g.padding[i], g.dilation[i]});
+  {
+    const std::lock_guard lock(mutex);
+    if (refused.count(key) > 0) return false;
+  }
+  try {
+    FASTSEG_COUNT("conv_act.cudnn_fused");
+    *z = torch_convolution_relu(x, weight, *bias, residual, g.stride, g.padding, g.dilation);
+    return true;
+  } catch (const std::runtime_error&) {
+    const std::lock_guard lock(mutex);
+    refused.insert(key);
+    return false;
+  }
+}
+
 Tensor conv_act_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& residual, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, double slope, bool allow_tf32) {
@@ -260,8 +297,13 @@ Tensor conv_act_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor
     FASTSEG_COUNT("conv_act.cuda_own");
     return our_convolution(x, weight, bias, residual, g, slope);
   }
-  Tensor z = torch_convolution(x, weight, bias, stride, padding, dilation, groups);
-  add_activate_(z, residual, slope);
+  Tensor z;
+  if (cudnn_fuses(x, weight, bias, g, slope) && cudnn_fused(x, weight, bias, residual, g, &z)) {
+    return z;
+  }
+  // The bias with the rest: torch adds it in a pass of its own.
+  z = torch_convolution(x, weight, std::nullopt, stride, padding, dilation, groups);
+  add_activate_(z, bias, residual, slope);
   return z;
 }
 

@@ -17,23 +17,29 @@ struct ConvEpilogue {
   // z[at + i] = activation(values[i] + bias[channel + i] + residual[at + i]) for i < min(8, left).
   __device__ __forceinline__ void store(float (&values)[8], int64_t at, int channel,
                                         int left) const {
-    T added[8], result[8];
+    T biases[8], residuals[8], result[8];
+    if (bias) load_vector(bias + channel, left, whole, biases);
+    if (residual) load_vector(residual + at, left, whole, residuals);
+    finish(values, biases, residuals, result);
+    store_vector(z + at, left, whole, result);
+  }
+
+  // The same with bias and residual loaded beforehand, where there are any.
+  __device__ __forceinline__ void finish(float (&values)[8], const T (&biases)[8],
+                                         const T (&residuals)[8], T (&result)[8]) const {
     if (bias) {
-      load_vector(bias + channel, left, whole, added);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(added[e]);
+      for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(biases[e]);
     }
     if (residual) {
-      load_vector(residual + at, left, whole, added);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(added[e]);
+      for (int e = 0; e < 8; ++e) values[e] += static_cast<float>(residuals[e]);
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const float below = slope == 0 ? 0.0f : values[e] * slope;
       result[e] = static_cast<T>(values[e] <= 0 ? below : values[e]);
     }
-    store_vector(z + at, left, whole, result);
   }
 };
 

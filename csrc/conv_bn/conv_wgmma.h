@@ -21,8 +21,8 @@ inline bool wgmma_serves(const ConvAxis& rows, const ConvAxis& cols) {
 // columns.
 int plan_conv_wgmma(ConvForward& conv);
 
-// The same as launch_conv_forward, but `moments` gets two rows for each tile of pixels. T is Half
-// or BFloat16.
+// The same as launch_conv_forward, but `moments` gets two rows for each tile of pixels, and
+// conv.whole must hold. T is Half or BFloat16.
 template <typename T>
 void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stream_k, const T* x,
                        const T* residual, Moments<float>* moments, T* z, cudaStream_t stream);

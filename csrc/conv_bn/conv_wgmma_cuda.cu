@@ -27,10 +27,14 @@ constexpr int kRowBytes = 128, kDepth = kRowBytes / 2;  // of a tile row in one 
 // Registers of a thread: as many as a block of kThreads can have at the start, then what warpgroups
 // give and take. Only what the block started with can be taken; for more they would wait forever.
 constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * kStartRegisters);
-// The epilogue passes 32 columns at a time through shared memory, in rows of 40 floats: then pairs
+// Columns whose biases and residuals are loaded before any of them is stored, so that a tile waits
+// for memory once or twice.
+template <int kColumns>
+constexpr int kBatch = std::min(kColumns, 128);
+// For statistics, 32 columns at a time go through shared memory, in rows of 40 floats: then pairs
 // that 16 lanes write fall into different banks.
 constexpr int kSlab = 32, kSlabStride = 40;
 constexpr int kStagingBytes = 64 * kSlabStride * 4;  // of a warpgroup
@@ -49,7 +53,7 @@ struct WgmmaConv {
   Schedule schedule;
   ConvBranch branch[kMaxBranches];
   ConvEpilogue<T> epilogue;  // without the bias, which is the branch's
-  Moments<float>* moments;   // or null, as in conv_gemm.h
+  Moments<float>* moments;   // as in conv_gemm.h, if kMoments
   TensorMap x[kMaxBranches], weight[kMaxBranches];
 };
 
@@ -109,7 +113,30 @@ __device__ __forceinline__ Moments<float> column_moments(const float* slab, int 
   return own;
 }
 
-template <typename T, int kColumns>
+// Each lane of a quad has 2 of 8 neighbouring columns in each of 4 blocks, at acc[4 * block]; it
+// gets the 8 columns of block lane % 4: a transpose in two exchanges of half of the values.
+__device__ __forceinline__ void gather_in_quad(const float* acc, int lane, float (&values)[8]) {
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float from[2][2];  // of blocks 2 * m + odd: [m][lane the columns are of, modulo 2]
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float low = acc[8 * m + e], high = acc[8 * m + 4 + e];
+      const float got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+      from[m][0] = odd ? got : low;
+      from[m][1] = odd ? high : got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float got = __shfl_xor_sync(0xffffffffu, upper ? from[0][i] : from[1][i], 2);
+      values[2 * i + e] = upper ? got : from[0][i];
+      values[4 + 2 * i + e] = upper ? from[1][i] : got;
+    }
+  }
+}
+
+template <typename T, int kColumns, bool kMoments>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_wgmma(const __grid_constant__ WgmmaConv<T> conv, StreamK stream_k) {
 #if FASTSEG_SM90A
@@ -228,33 +255,57 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = t % kWarpgroup / 32, row = warp * 16 + lane / 4;  // and row + 8
     const int64_t first_pixel = int64_t{row_tile} * kPixels + half * 64;
     const int pixels = static_cast<int>(min(conv.pixels - first_pixel, int64_t{64}));  // maybe < 0
+    if constexpr (kMoments) {
 #pragma unroll
-    for (int first = 0; first < kColumns; first += kSlab) {
+      for (int first = 0; first < kColumns; first += kSlab) {
 #pragma unroll
-      for (int i = 0; i < kSlab / 2; i += 2) {
-        const float pair[2] = {acc[first / 2 + i], acc[first / 2 + i + 1]};
-        store_vector(slab + (row + i / 2 % 2 * 8) * kSlabStride + i / 4 * 8 + lane % 4 * 2, pair);
-      }
-      named_barrier_sync(1 + half, kWarpgroup);
-      if (conv.moments != nullptr) {
+        for (int i = 0; i < kSlab / 2; i += 2) {
+          const float pair[2] = {acc[first / 2 + i], acc[first / 2 + i + 1]};
+          store_vector(slab + (row + i / 2 % 2 * 8) * kSlabStride + i / 4 * 8 + lane % 4 * 2, pair);
+        }
+        named_barrier_sync(1 + half, kWarpgroup);
         const int column = warp * 8 + lane % 8, channel = first_column + first + column;
         Moments<float> own = column_moments(slab, column, lane, pixels);
         if (lane < 8 && channel < branch.K) {
           if (epilogue.bias) own.mean += static_cast<float>(epilogue.bias[channel]);
           conv.moments[(int64_t{row_tile} * kConsumers + half) * branch.K + channel] = own;
         }
+        named_barrier_sync(1 + half, kWarpgroup);
       }
-      for (int item = t % kWarpgroup; item < 64 * (kSlab / 8); item += kWarpgroup) {
-        const int line = item / (kSlab / 8), k = item % (kSlab / 8) * 8;
-        const int channel = first_column + first + k;
-        if (line >= pixels || channel >= branch.K) continue;
-        float values[8];
-        load_vector(slab + line * kSlabStride + k, values);
-        epilogue.store(values,
-                       (first_pixel + line) * conv.z_stride + branch.first_channel + channel,
-                       channel, branch.K - channel);
+    }
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kBatch<kColumns>) {
+      // A quad of lanes has the same rows; each gets 8 neighbouring columns of every 32.
+      T biases[kBatch<kColumns> / 32][8], residuals[kBatch<kColumns> / 32][2][8];
+      const int column = first_column + first + lane % 4 * 8;
+      const int64_t at = (first_pixel + row) * conv.z_stride + branch.first_channel + column;
+      const auto inside = [&](int group, int h) {
+        return column + 32 * group < branch.K && row + 8 * h < pixels;
+      };
+      const auto place = [&](int group, int h) { return at + 8 * h * conv.z_stride + 32 * group; };
+#pragma unroll
+      for (int group = 0; group < kBatch<kColumns> / 32; ++group) {
+        if (epilogue.bias && inside(group, 0)) {
+          load_vector(epilogue.bias + column + 32 * group, biases[group]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (epilogue.residual && inside(group, h)) {
+            load_vector(epilogue.residual + place(group, h), residuals[group][h]);
+          }
+        }
       }
-      named_barrier_sync(1 + half, kWarpgroup);
+#pragma unroll
+      for (int group = 0; group < kBatch<kColumns> / 32; ++group) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float values[8];
+          T result[8];
+          gather_in_quad(acc + first / 2 + group * 16 + h * 2, lane, values);
+          epilogue.finish(values, biases[group], residuals[group][h], result);
+          if (inside(group, h)) store_vector(epilogue.z + place(group, h), result);
+        }
+      }
     }
   });
 #endif
@@ -353,12 +404,17 @@ void launch_conv_wgmma(const ConvForward& conv, int columns, const StreamK& stre
     launch(kernel, static_cast<unsigned>(conv.schedule.blocks), kThreads, shared_bytes, stream,
            launched, stream_k);
   };
+  const auto run_columns = [&](auto of) {
+    constexpr int kColumns = decltype(of)::value;
+    moments != nullptr ? run(conv_wgmma<T, kColumns, true>, kSharedBytes<kColumns>)
+                       : run(conv_wgmma<T, kColumns, false>, kSharedBytes<kColumns>);
+  };
   if (columns == 256) {
-    run(conv_wgmma<T, 256>, kSharedBytes<256>);
+    run_columns(std::integral_constant<int, 256>{});
   } else if (columns == 128) {
-    run(conv_wgmma<T, 128>, kSharedBytes<128>);
+    run_columns(std::integral_constant<int, 128>{});
   } else {
-    run(conv_wgmma<T, 64>, kSharedBytes<64>);
+    run_columns(std::integral_constant<int, 64>{});
   }
 }
 

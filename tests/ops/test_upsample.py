@@ -36,13 +36,16 @@ SHAPES = [  # (N, C, h, w), (H, W)
 
 
 def full_logits(logits, size, align_corners=False):
-    """On two threads at least: on one, torch rounds maps of three channels otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, 2))
+    """On two threads at least: on one, torch rounds maps of three channels otherwise, as it does on
+    CUDA if it is to be deterministic (--poison)."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(max(before[0], 2))
+    torch.use_deterministic_algorithms(False)
     try:
         return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=True)
 
 
 def assert_same_labels(labels, logits, size, align_corners=False, ties=False):
