@@ -191,15 +191,21 @@ inline bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// Of the current device.
+// Of the current device; asked once for each that a thread turns to.
 inline DeviceLimits device_limits() {
-  int device, multiprocessors, major;
+  thread_local int known = -1;
+  thread_local DeviceLimits limits;
+  int device;
   check_cuda(cudaGetDevice(&device), "device query");
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "device query");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "device query");
-  return {multiprocessors, major};
+  if (device != known) {
+    check_cuda(
+        cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "device query");
+    check_cuda(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device),
+               "device query");
+    known = device;
+  }
+  return limits;
 }
 
 // Makes x's device the current one for the guard's lifetime.

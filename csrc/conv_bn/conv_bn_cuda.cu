@@ -82,38 +82,60 @@ bool chosen(const char* name) {
   return choice != nullptr && std::strcmp(choice, name) == 0;
 }
 
-// The time of a convolution on mma.sync or wgmma, against that of a library which multiplies all
-// taps. No GPU has measured this yet; it is computed from published shares of peak. On compute
-// capability 9 and 10 a library has instructions that reach 0.85 of it, mma.sync reaches 0.55 and
-// our use of wgmma 0.75 (FlashAttention-3, arXiv 2407.08608, section 4; less on 10); elsewhere both
-// use mma.sync. Taps that read padding cost nothing: with mma.sync exactly, with wgmma, whose tiles
-// are whole rows of the image, those of the rows.
+bool chosen_own() { return chosen("own") || chosen("mma") || chosen("wgmma"); }
+
+// The time of a convolution on mma.sync against that of a library which multiplies all taps, while
+// ours skips those that read padding. Measured on compute capability 9, where cuDNN has wgmma; a
+// guess elsewhere.
 double mma_cost(const ConvAxis& rows, const ConvAxis& cols) {
-  const int major = device_limits().major;
-  const double relative = major == 9 ? 0.65 : major == 10 ? 0.4 : 0.9;
+  const double relative = device_limits().major >= 9 ? 0.34 : 0.75;
   return inside_share(rows) * inside_share(cols) / relative;
 }
-double wgmma_cost(const ConvAxis& rows, const ConvAxis& cols) {
-  if (!wgmma_serves(rows, cols) || chosen("mma")) return std::numeric_limits<double>::infinity();
-  return chosen("wgmma") ? 0 : inside_share(rows) / 0.88;
+
+// Microseconds of cuDNN's convolution with bias, residual and ReLU in 16 bits on an H200, to within
+// a third for the layers of our networks: tiles of 128x128 (half of that if there are few) in steps
+// of 64 channels, rounds of them half of the way to whole ones; large dilations have older kernels.
+double cudnn_us(int64_t N, int64_t C, int64_t K, const ConvAxis& rows, const ConvAxis& cols) {
+  const auto steps = static_cast<double>(ceil_div<int64_t>(C, 64) * rows.taps * cols.taps);
+  const int64_t pixels = N * rows.out * cols.out;
+  const auto tiles =
+      static_cast<double>(ceil_div<int64_t>(pixels, kConvTile) * ceil_div<int64_t>(K, kConvTile));
+  const double rounds = tiles / device_limits().multiprocessors;
+  const double us =
+      steps * (rounds <= 0.55 ? 0.27 : 0.36 * std::max(1.0, (rounds + std::ceil(rounds)) / 2));
+  return 5.5 + us * (std::max(rows.dilation, cols.dilation) > 8 ? 1.8 : 1);
 }
 
-// Whether our convolution is expected to be faster than torch's, cuDNN. Also in our favour: tiles
-// of 128x128 that do not fill whole waves (counted half, at most twice: libraries have smaller
-// tiles); with statistics, one pass less over the output (at 224 flop/byte).
-bool ours_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
-  if (chosen("own") || chosen("mma") || chosen("wgmma")) return true;
+// A layer of one branch without its tensors, as the plans want it.
+ConvForward layer_of(int64_t N, int64_t C, int64_t K, const ConvAxis& rows, const ConvAxis& cols) {
+  ConvForward conv{};
+  conv.N = static_cast<int>(N);
+  conv.C = static_cast<int>(C);
+  conv.branches = 1;
+  conv.branch[0] = {nullptr, nullptr, static_cast<int>(K), 0, 0, rows, cols, {}, {}};
+  return conv;
+}
+
+// Whether our convolution of N images with axes `rows` and `cols` from C to K channels is expected
+// to be faster than torch's, cuDNN; with `statistics` of its output, which cuDNN needs a pass for.
+bool ours_pays(const Tensor& x, int64_t C, int64_t K, const ConvAxis& rows, const ConvAxis& cols,
+               bool statistics) {
+  if (chosen_own()) return true;
   if (chosen("torch")) return false;
-  const DeviceLimits device = device_limits();
-  const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
-  double cost = mma_cost(rows, cols);
-  if (x.element_size() == 2) cost = std::min(cost, wgmma_cost(rows, cols));
-  const double tiles = std::ceil(static_cast<double>(x.size(0)) * rows.out * cols.out / kConvTile) *
-                       std::ceil(static_cast<double>(weight.size(0)) / kConvTile);
-  const double waves = tiles / device.multiprocessors;
-  const double unfilled = std::min(std::ceil(waves) / waves - 1, 1.0);
-  const double passes = statistics ? 224.0 / (x.size(1) * rows.taps * cols.taps) : 0.0;
-  return cost < 1 + unfilled / 2 + passes;
+  const int64_t N = x.size(0);
+  if (x.element_size() == 2 && K % 8 == 0 && wgmma_serves(rows, cols)) {
+    constexpr double kBytesOfUs = 3.5e6;
+    const double pass =
+        statistics ? 3 + 2.0 * static_cast<double>(N * K * rows.out * cols.out) / kBytesOfUs : 0;
+    const double ours = plan_conv_wgmma(layer_of(N, C, K, rows, cols), statistics).us;
+    return ours < 0.97 * (cudnn_us(N, C, K, rows, cols) + pass);
+  }
+  return mma_cost(rows, cols) < 1;
+}
+
+bool forward_pays(const Tensor& x, const Tensor& weight, const Geometry& g, bool statistics) {
+  return ours_pays(x, x.size(1), weight.size(0), axis_of(x, weight, g, 0), axis_of(x, weight, g, 1),
+                   statistics);
 }
 
 // 128 columns of a tile where that wastes little, else 64.
@@ -170,17 +192,13 @@ void plan(ConvForward& conv, bool wide, int64_t element_size) {
   set_blocks(conv.schedule);
 }
 
-// Whether wgmma serves these branches and is expected to be the faster of ours.
-bool wgmma_pays(const ConvForward& conv) {
-  if (conv.whole == 0) return false;
-  double mma = 0, wgmma = 0;
+// Whether these branches run on wgmma, the faster of ours even where mma.sync skips more taps.
+bool use_wgmma(const ConvForward& conv) {
+  bool serves = conv.whole != 0 && !chosen("mma");
   for (int i = 0; i < conv.branches; ++i) {
-    const ConvBranch& b = conv.branch[i];
-    const double size = static_cast<double>(b.K) * b.rows.taps * b.cols.taps;
-    mma += size * mma_cost(b.rows, b.cols);
-    wgmma += size * wgmma_cost(b.rows, b.cols);
+    serves = serves && wgmma_serves(conv.branch[i].rows, conv.branch[i].cols);
   }
-  return wgmma < mma;
+  return serves;
 }
 
 // Launches the branches of `conv`, whose weights and axes are set; see launch_conv_forward.
@@ -209,12 +227,13 @@ void run_forward(ConvForward& conv, const Tensor& x, const OptionalTensor& resid
       return reinterpret_cast<Moments<float>*>(moments->mutable_data_ptr<float>());
     };
     if constexpr (sizeof(T) == 2) {
-      if (wgmma_pays(conv)) {
+      if (use_wgmma(conv)) {
         FASTSEG_COUNT("conv.cuda_wgmma");
-        const int columns = plan_conv_wgmma(conv);
+        const WgmmaPlan plan = plan_conv_wgmma(conv, moments != nullptr);
+        schedule_conv_wgmma(conv, plan);
         Tensor workspace;
-        const StreamK stream_k = exchange(x, conv.schedule, columns, workspace);
-        return launch_conv_wgmma<T>(conv, columns, stream_k, x.const_data_ptr<T>(), added,
+        const StreamK stream_k = exchange(x, conv.schedule, plan.columns, workspace);
+        return launch_conv_wgmma<T>(conv, plan.columns, stream_k, x.const_data_ptr<T>(), added,
                                     partials_of(2), z.mutable_data_ptr<T>(), current_stream(x));
       }
     }
@@ -262,7 +281,9 @@ bool cudnn_fuses(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   return slope == 0 && g.groups == 1 &&
          (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && x.numel() > 0 &&
          weight.numel() > 0 && bias.has_value() && bias->scalar_type() == dtype &&
-         image_layout(x) == MemoryFormat::ChannelsLast;
+         image_layout(x) == MemoryFormat::ChannelsLast &&
+         // cuDNN 9 has an engine for large kernels that takes 20 times as long.
+         (weight.size(2) * weight.size(3) <= 9 || x.size(1) <= 16);
 }
 
 // Sets z to relu(conv2d(x) + bias + residual) by cuDNN; false if this cuDNN has no engine for it.
@@ -293,7 +314,7 @@ Tensor conv_act_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const IntList& dilation, int64_t groups, double slope, bool allow_tf32) {
   const DeviceGuard guard(x);
   const Geometry g{stride, padding, dilation, groups};
-  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, false)) {
+  if (serves(x, weight, g, allow_tf32) && forward_pays(x, weight, g, false)) {
     FASTSEG_COUNT("conv_act.cuda_own");
     return our_convolution(x, weight, bias, residual, g, slope);
   }
@@ -315,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cuda(const Tensor& x, const Tensor
                                                    bool allow_tf32) {
   const DeviceGuard guard(x);
   const Geometry g{stride, padding, dilation, groups};
-  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, true)) {
+  if (serves(x, weight, g, allow_tf32) && forward_pays(x, weight, g, true)) {
     FASTSEG_COUNT("conv_stats.cuda_own");
     Tensor moments;
     Tensor y = our_convolution(x, weight, bias, std::nullopt, g, 1, &moments);
@@ -340,11 +361,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_cuda(
 }
 
 // The gradient of x is a convolution of dy with the filters turned around, for stride 1.
+ConvAxis turned(const ConvAxis& a) {
+  return {a.out, a.in, a.taps, 1, a.dilation * (a.taps - 1) - a.padding, a.dilation};
+}
+
 Tensor input_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Geometry& g) {
-  const auto turned = [&](int i) {
-    const ConvAxis a = axis_of(x, weight, g, i);
-    return ConvAxis{a.out, a.in, a.taps, 1, a.dilation * (a.taps - 1) - a.padding, a.dilation};
-  };
   const Tensor filters =
       torch::stable::contiguous(torch::stable::transpose(weight, 0, 1), MemoryFormat::ChannelsLast);
   Tensor dx = empty_image(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(),
@@ -352,8 +373,16 @@ Tensor input_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, c
   ConvForward conv{};
   conv.slope = 1;
   conv.branches = 1;
-  conv.branch[0] = {
-      filters.data_ptr(), nullptr, static_cast<int>(x.size(1)), 0, 1, turned(0), turned(1), {}, {}};
+  const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+  conv.branch[0] = {filters.data_ptr(),
+                    nullptr,
+                    static_cast<int>(x.size(1)),
+                    0,
+                    1,
+                    turned(rows),
+                    turned(cols),
+                    {},
+                    {}};
   run_forward(conv, dy, std::nullopt, dx, nullptr);
   return dx;
 }
@@ -402,19 +431,24 @@ std::tuple<Tensor, Tensor> conv_backward_cuda(const Tensor& dy, const Tensor& x,
   const DeviceGuard guard(x);
   const Geometry g{stride, padding, dilation, groups};
   Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(x, {0});
-  if (serves(x, weight, g, allow_tf32) && ours_pays(x, weight, g, false)) {
-    const Tensor gradient = torch::stable::contiguous(dy, MemoryFormat::ChannelsLast);
-    if (pixel_stride(gradient) > 0) {
-      if (need_x && stride[0] == 1 && stride[1] == 1) {
-        FASTSEG_COUNT("conv_backward.cuda_own_input");
-        dx = input_gradient(gradient, x, weight, g);
-        need_x = false;
-      }
-      if (need_weight && x.scalar_type() != ScalarType::Float) {
-        FASTSEG_COUNT("conv_backward.cuda_own_weight");
-        dweight = weight_gradient(gradient, x, weight, g);
-        need_weight = false;
-      }
+  if (serves(x, weight, g, allow_tf32)) {
+    const ConvAxis rows = axis_of(x, weight, g, 0), cols = axis_of(x, weight, g, 1);
+    const bool input = need_x && g.stride[0] == 1 && g.stride[1] == 1 &&
+                       ours_pays(x, weight.size(0), x.size(1), turned(rows), turned(cols), false);
+    const bool filters = need_weight && x.scalar_type() != ScalarType::Float && !chosen("torch") &&
+                         (chosen_own() || mma_cost(rows, cols) < 1);
+    const Tensor gradient =
+        input || filters ? torch::stable::contiguous(dy, MemoryFormat::ChannelsLast) : dy;
+    const bool aligned = pixel_stride(gradient) > 0;
+    if (input && aligned) {
+      FASTSEG_COUNT("conv_backward.cuda_own_input");
+      dx = input_gradient(gradient, x, weight, g);
+      need_x = false;
+    }
+    if (filters && aligned) {
+      FASTSEG_COUNT("conv_backward.cuda_own_weight");
+      dweight = weight_gradient(gradient, x, weight, g);
+      need_weight = false;
     }
   }
   torch_convolution_backward(dy, x, weight, stride, padding, dilation, groups,

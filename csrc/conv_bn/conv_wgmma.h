@@ -17,9 +17,16 @@ inline bool wgmma_serves(const ConvAxis& rows, const ConvAxis& cols) {
   return device_limits().major == 9 && fits(rows) && fits(cols);
 }
 
-// Sets the schedule of `conv`, tiles of kConvTile pixels in the order of memory; returns their
-// columns.
-int plan_conv_wgmma(ConvForward& conv);
+// How the kernel shares out a layer: columns of a tile, blocks, and the microseconds that it takes
+// with them by what was measured (on an H200, of 132 multiprocessors).
+struct WgmmaPlan {
+  int columns, blocks;
+  double us;
+};
+WgmmaPlan plan_conv_wgmma(const ConvForward& conv, bool moments);
+
+// Sets the schedule of `conv`: tiles of kConvTile pixels in the order of memory.
+void schedule_conv_wgmma(ConvForward& conv, const WgmmaPlan& plan);
 
 // The same as launch_conv_forward, but `moments` gets two rows for each tile of pixels, and
 // conv.whole must hold. T is Half or BFloat16.

@@ -4,6 +4,8 @@
 // shared memory; two warpgroups multiply 64 pixels each. A tile skips the rows of the filter that
 // read only padding for all of its pixels. Steps are shared out equally, as in conv_forward.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/ptx.cuh"
@@ -345,30 +347,56 @@ bool add_linear_branch(Schedule& s, const ConvBranch& b, int branch, int N, int 
 
 }  // namespace
 
-int plan_conv_wgmma(ConvForward& conv) {
-  // A step of a warpgroup reads 64 rows of pixels and `columns` rows of weights from shared memory,
-  // which is what a narrow tile waits for.
-  const auto cost = [&](int columns) {
-    int64_t all = 0;
-    for (int b = 0; b < conv.branches; ++b) all += ceil_div(conv.branch[b].K, columns);
-    return all * (64 + columns);
+WgmmaPlan plan_conv_wgmma(const ConvForward& conv, bool moments) {
+  // Microseconds of a block: to start; then by columns, those of a step, of what follows a tile's
+  // sums, of their moments, and of adding the part of a tile that another block has.
+  constexpr double kStart = 7.5;
+  struct Cost {
+    int columns;
+    double step, tile, moments, part;
   };
-  int columns = 256;
-  if (cost(128) < cost(columns)) columns = 128;
-  if (cost(64) < cost(columns)) columns = 64;
+  constexpr Cost kCosts[] = {
+      {256, 0.725, 4, 7, 3.5}, {128, 0.42, 2.3, 3.5, 2}, {64, 0.33, 1.5, 2, 1.3}};
+  const int most = device_limits().multiprocessors;
+  WgmmaPlan best{256, 1, std::numeric_limits<double>::infinity()};
+  for (const Cost& cost : kCosts) {
+    double tiles = 0, steps = 0;
+    for (int i = 0; i < conv.branches; ++i) {
+      const ConvBranch& b = conv.branch[i];
+      const int64_t pixels = int64_t{conv.N} * b.rows.out * b.cols.out;
+      const double own =
+          static_cast<double>(ceil_div<int64_t>(pixels, kPixels)) * ceil_div(b.K, cost.columns);
+      tiles += own;
+      steps += own * b.rows.taps * b.cols.taps * inside_share(b.rows) * ceil_div(conv.C, kDepth);
+    }
+    const double tile = cost.tile + (moments ? cost.moments : 0);
+    const auto consider = [&](double blocks, double tiles_of_block, double parts) {
+      const double us =
+          kStart + steps / blocks * cost.step + tiles_of_block * tile + parts * cost.part;
+      if (us < best.us) best = {cost.columns, static_cast<int>(blocks), us};
+    };
+    if (tiles > most) {
+      consider(most, tiles / most, 1);
+    } else {
+      for (int parts = 1; parts * tiles <= most; ++parts) consider(parts * tiles, 1, parts - 1);
+      consider(most, 1, std::ceil(most / tiles));
+    }
+  }
+  return best;
+}
+
+void schedule_conv_wgmma(ConvForward& conv, const WgmmaPlan& plan) {
   for (const bool alike : {false, true}) {
     conv.schedule = {};
     bool fits = true;
     for (int b = 0; b < conv.branches; ++b) {
-      fits = fits && add_linear_branch(conv.schedule, conv.branch[b], b, conv.N, columns,
+      fits = fits && add_linear_branch(conv.schedule, conv.branch[b], b, conv.N, plan.columns,
                                        ceil_div(conv.C, kDepth), alike);
     }
     if (fits) break;
   }
-  constexpr int64_t kLeastSteps = 8;  // of a block
-  conv.schedule.blocks = static_cast<int>(
-      std::clamp<int64_t>(conv.schedule.steps / kLeastSteps, 1, device_limits().multiprocessors));
-  return columns;
+  conv.schedule.blocks =
+      static_cast<int>(std::min<int64_t>(plan.blocks, std::max<int64_t>(conv.schedule.steps, 1)));
 }
 
 template <typename T>

@@ -148,26 +148,24 @@ def test_instructions_are_those_of_the_taps_that_a_tile_uses():
 
 @pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("dilation", "choice", "wgmma"),
+    ("channels", "choice", "kernel"),
     [
-        (2, None, True),
-        (14, None, False),
-        (2, "torch", False),
-        (2, "mma", False),
-        (14, "wgmma", True),
+        (16, None, None),  # so small a layer is cuDNN's
+        (512, None, "wgmma"),
+        (512, "torch", None),
+        (16, "mma", "mma"),
+        (16, "wgmma", "wgmma"),
+        (16, "own", "wgmma"),
     ],
 )
-def test_choice_of_the_kernel(dilation, choice, wgmma, monkeypatch):
-    """Where most taps read padding to the left and right, mma.sync, which skips them, does less."""
+def test_choice_of_the_kernel(channels, choice, kernel, monkeypatch):
     if choice is None:
         monkeypatch.delenv("FASTSEG_CONV")
     else:
         monkeypatch.setenv("FASTSEG_CONV", choice)
-    layer = Layer((1, 16, 16, 16), 32, **dilated(dilation))
+    layer = Layer((1, channels, 16, 16), 32, **dilated(12))
     x, weight = layer.tensors()
     emulator = build.emulated_library()
     with emulator.compute_capability(9), emulator.counting() as counts:
         torch.ops.fastseg_emulated.conv_act(x, weight, None, None, *layer.geometry, 0.0)
-    assert (counts["wgmma"] > 0) == wgmma
-    if choice is None:
-        assert (counts["mma"] > 0) == (not wgmma)
+    assert [name for name in ("wgmma", "mma") if counts[name] > 0] == ([kernel] if kernel else [])
