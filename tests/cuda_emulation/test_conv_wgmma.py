@@ -148,22 +148,22 @@ def test_instructions_are_those_of_the_taps_that_a_tile_uses():
 
 @pytest.mark.skipif(build.cxx() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("channels", "choice", "kernel"),
+    ("channels", "dilation", "choice", "kernel"),
     [
-        (16, None, None),  # so small a layer is cuDNN's
-        (512, None, "wgmma"),
-        (512, "torch", None),
-        (16, "mma", "mma"),
-        (16, "wgmma", "wgmma"),
-        (16, "own", "wgmma"),
+        (16, 2, None, None),  # so small a layer is cuDNN's
+        (512, 12, None, "wgmma"),
+        (512, 12, "torch", None),
+        (16, 2, "mma", "mma"),
+        (16, 2, "wgmma", "wgmma"),
+        (16, 2, "own", "wgmma"),
     ],
 )
-def test_choice_of_the_kernel(channels, choice, kernel, monkeypatch):
+def test_choice_of_the_kernel(channels, dilation, choice, kernel, monkeypatch):
     if choice is None:
         monkeypatch.delenv("FASTSEG_CONV")
     else:
         monkeypatch.setenv("FASTSEG_CONV", choice)
-    layer = Layer((1, channels, 16, 16), 32, **dilated(12))
+    layer = Layer((1, channels, 16, 16), 32, **dilated(dilation))
     x, weight = layer.tensors()
     emulator = build.emulated_library()
     with emulator.compute_capability(9), emulator.counting() as counts:
