@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxTerms = 8;
+constexpr int64_t kImagesTogether = 65535;  // in one launch, where their lattices allow it
 
 // What the update reads of one pairwise term, of the first image.
 template <typename T, typename V>
@@ -50,18 +52,29 @@ template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // beliefs = soft-max(energies + messages), `energies` being negative; NaN where a lattice could not
-// be built. `lanes` threads of a warp share a point; each has kPer groups of 4 channels. Grid axis
-// y counts images. Dynamic shared memory, where a term has a full matrix: one row of `groups` * 4
-// per point of the block. `invalid`, if not null, becomes 1 where an energy is NaN or -inf, or all
-// of a point are inf.
+// be built. `lanes` threads of a warp share a point; each has kPer groups of 4 channels, few lanes
+// with several groups each because what is done once per point costs as much as a group. Grid axis
+// y counts images. Dynamic shared memory: the coefficients of each term that is not full, a row
+// of `groups` * 4; and where a term is full one row and a channel per point of the block.
+// `invalid`, if not null, becomes 1 where an energy is NaN or -inf, or all of a point are inf.
 template <typename T, typename V, int kPer>
 __global__ void __launch_bounds__(kThreads, 1)
     update(const __grid_constant__ Messages<T, V> messages, int64_t points, int labels, int groups,
            int lanes, const T* all_energies, T* all_beliefs, int32_t* invalid) {
+  constexpr int kCorners = 3;  // gathered at once; simplices of 2 and 5 features have 3 and 6
   FASTSEG_DYNAMIC_SHARED(shared);
+  const int width = groups * 4;
+  T* coefficients = reinterpret_cast<T*>(shared);
+  for (int t = 0; t < messages.count; ++t) {
+    if (messages.term[t].full) continue;
+    for (int c = threadIdx.x; c < width; c += kThreads) {
+      coefficients[t * width + c] = c < labels ? messages.term[t].coefficients[c] : T(0);
+    }
+  }
+  __syncthreads();
   const int64_t image = blockIdx.y;
-  const T* energies = all_energies + image * points * groups * 4;
-  T* beliefs = all_beliefs + image * points * groups * 4;
+  const T* energies = all_energies + image * points * width;
+  T* beliefs = all_beliefs + image * points * width;
   const int local = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t wanted = int64_t{blockIdx.x} * (kThreads / lanes) + local;
   const int64_t point = wanted < points ? wanted : points - 1;  // whole warps meet in the shuffles
@@ -70,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < kPer; ++i) {
     const int group = i * lanes + lane;
     if (group < groups) {
-      load_vector(energies + (point * groups + group) * 4, logits[i]);
+      load_vector(energies + point * width + group * 4, logits[i]);
     } else {
       for (int c = 0; c < 4; ++c) logits[i][c] = -kInfinity<T>;
     }
@@ -81,30 +94,51 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool failed = bytes_further(m.header, shift)->status != 0;
     const int32_t* vertex = bytes_further(m.vertex, shift) + point * (m.d + 1);
     const T* weight = bytes_further(m.weight, shift) + point * (m.d + 1);
-    const V* values = m.values + image * m.values_distance;
+    const V* values = m.values + image * m.values_distance + lane * 4;
     const T scale = failed ? kNotANumber<T> : bytes_further(m.after, shift)[point] * m.gain;
-    T* row = reinterpret_cast<T*>(shared) + local * groups * 4;
+    T sum[kPer][4] = {};
+    for (int first = 0; first <= m.d && !failed; first += kCorners) {
+      const V* from[kCorners];
+      T share[kCorners];
+#pragma unroll
+      for (int r = 0; r < kCorners; ++r) {  // beyond the last corner: that one, with weight 0
+        const int corner = first + r <= m.d ? first + r : m.d;
+        from[r] = values + int64_t{vertex[corner]} * width;
+        share[r] = first + r <= m.d ? weight[corner] : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        if (i * lanes + lane >= groups) continue;
+        V value[kCorners][4];
+#pragma unroll
+        for (int r = 0; r < kCorners; ++r) load_vector(from[r] + i * lanes * 4, value[r]);
+#pragma unroll
+        for (int r = 0; r < kCorners; ++r) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[i][c] += share[r] * static_cast<T>(value[r][c]);
+        }
+      }
+    }
+    if (!m.full) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const int group = i * lanes + lane;
+        if (group >= groups) continue;
+        T factor[4];
+        load_vector(coefficients + t * width + group * 4, factor);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) logits[i][c] += factor[c] * (sum[i][c] * scale);
+      }
+      continue;
+    }
+    T* row = coefficients + messages.count * width + local * (width + 1);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int group = i * lanes + lane;
       if (group >= groups) continue;
-      T sum[4] = {};
-      for (int r = 0; r <= m.d && !failed; ++r) {
-        V value[4];
-        load_vector(values + (int64_t{vertex[r]} * groups + group) * 4, value);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sum[c] += weight[r] * static_cast<T>(value[c]);
-      }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (m.full) {
-          row[group * 4 + c] = sum[c] * scale;
-        } else if (group * 4 + c < labels) {
-          logits[i][c] += m.coefficients[group * 4 + c] * (sum[c] * scale);
-        }
-      }
+      for (int c = 0; c < 4; ++c) row[group * 4 + c] = sum[i][c] * scale;
     }
-    if (!m.full) continue;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
@@ -112,11 +146,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int c = 0; c < 4; ++c) {
         const int label = (i * lanes + lane) * 4 + c;
         if (label >= labels) continue;
-        T sum = 0;
+        T total = 0;
         for (int other = 0; other < labels; ++other) {
-          sum += m.coefficients[label * labels + other] * row[other];
+          total += m.coefficients[label * labels + other] * row[other];
         }
-        logits[i][c] += sum;
+        logits[i][c] += total;
       }
     }
     __syncwarp();  // before the next term overwrites the row
@@ -151,13 +185,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   if (wanted >= points) return;
+  const T inverse = 1 / sum;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int group = i * lanes + lane;
     if (group >= groups) continue;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) logits[i][c] /= sum;
-    store_vector(beliefs + (point * groups + group) * 4, logits[i]);
+    for (int c = 0; c < 4; ++c) logits[i][c] *= inverse;
+    store_vector(beliefs + point * width + group * 4, logits[i]);
   }
 }
 
@@ -173,15 +208,21 @@ void launch_update(const Messages<T, V>& messages, int64_t images, int64_t point
                    int width, const T* energies, T* beliefs, int32_t* invalid,
                    cudaStream_t stream) {
   const int groups = width / 4;
-  int lanes = 1;
-  while (lanes < 32 && lanes < groups) lanes *= 2;
+  const auto lanes_for = [&](int per) {
+    int lanes = 1;
+    while (lanes < 32 && lanes * per < groups) lanes *= 2;
+    return lanes;
+  };
+  // Two or three groups a thread, whichever leaves fewer idle; many labels fill a warp with eight.
+  const int twos = lanes_for(2), threes = lanes_for(3);
+  const bool fit_two = twos * 2 >= groups, fit_three = threes * 3 >= groups;
+  const bool two = fit_two && (!fit_three || twos * 2 <= threes * 3);
+  const int lanes = two ? twos : fit_three ? threes : 32;
   const int per_block = kThreads / lanes;
   bool full = false;
   for (int t = 0; t < messages.count; ++t) full |= messages.term[t].full;
-  const size_t shared = full ? sizeof(T) * width * per_block : 0;
-  auto* kernel = groups <= 32   ? &update<T, V, 1>
-                 : groups <= 64 ? &update<T, V, 2>
-                                : &update<T, V, 8>;
+  const size_t shared = sizeof(T) * (messages.count * width + (full ? (width + 1) * per_block : 0));
+  auto* kernel = two ? &update<T, V, 2> : fit_three ? &update<T, V, 3> : &update<T, V, 8>;
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(points, per_block)),
                   static_cast<unsigned>(images));
   launch(kernel, grid, kThreads, shared, stream, messages, points, labels, groups, lanes, energies,
@@ -286,17 +327,18 @@ Tensor dense_crf_cuda(const Tensor& unary, std::optional<Tensor> start,
                            : torch::stable::empty_like(unary);
   if (out.numel() == 0) return out;
   const int row = static_cast<int>(cuda_row_width(labels));
-  const int64_t images = terms.together ? batch : 1;  // at a time
+  const int64_t together = terms.together ? std::min(batch, kImagesTogether) : 1;
   const Tensor invalid = torch::stable::new_zeros(unary, {1}, ScalarType::Int);
   const cudaStream_t stream = current_stream(unary);
   dispatch_lattice_cuda(unary, "dense_crf", [&](auto tag) {
     using T = decltype(tag);
     if (!lattices.empty()) cuda_lattice<T>("dense_crf", lattices[0], points, &terms.storage);
-    Tensor energy_memory = cuda_workspace<T>(unary, images * points * row);
-    Tensor belief_memory = cuda_workspace<T>(unary, images * points * row);
+    Tensor energy_memory = cuda_workspace<T>(unary, together * points * row);
+    Tensor belief_memory = cuda_workspace<T>(unary, together * points * row);
     T* energies = energy_memory.mutable_data_ptr<T>();
     T* beliefs = belief_memory.mutable_data_ptr<T>();
-    for (int64_t b = 0; b < batch; b += images) {
+    for (int64_t b = 0; b < batch; b += together) {
+      const int64_t images = std::min(together, batch - b);
       const int64_t offset = b * labels * points;
       planes_to_rows(unary.const_data_ptr<T>() + offset, images, points, labels, row,
                      logits ? T(1) : T(-1), -kInfinity<T>, energies, stream);

@@ -13,6 +13,8 @@
 namespace fastseg {
 namespace {
 
+constexpr int kBlurAxes = 2;  // per launch, 1 or 2
+
 // Four channels of a row of V as T, and back.
 template <typename T, typename V>
 __device__ __forceinline__ void load_four(const V* from, T (&to)[4]) {
@@ -30,37 +32,68 @@ __device__ __forceinline__ void store_four(V* to, const T (&from)[4]) {
   store_vector(to, stored);
 }
 
-// Four channels of one chunk of splats per thread: sums of weight * row. A vertex's only chunk goes
-// to its row, the others to `partial` (images, max_chunks, width).
+// One warp per chunk: sums of weight * row. Its lanes are `slots` times the row's groups of four
+// channels (32 of them at a time), each slot takes every slots-th splat, kUnroll rows at once. A
+// vertex's only chunk goes to its row, the others to `partial` (images, max_chunks, width).
 template <typename T, typename V>
-__global__ void splat_chunks(CudaLattice<T> lattices, bool transposed, const T* all_rows,
-                             int groups, V* all_values, T* all_partial) {
+__global__ void __launch_bounds__(kLatticeThreads)
+    splat_chunks(CudaLattice<T> lattices, bool transposed, const T* all_rows, int groups,
+                 V* all_values, T* all_partial) {
+  constexpr int kUnroll = sizeof(T) == 4 ? 4 : 2;
   const CudaLattice<T> lattice = lattices.image(blockIdx.y);
   const int64_t width = groups * 4;
   const T* rows = all_rows + blockIdx.y * lattice.points * width;
   V* values = all_values + blockIdx.y * lattice.capacity * width;
   T* partial = all_partial + blockIdx.y * lattice.max_chunks() * width;
-  const T* scale = transposed ? lattice.after : lattice.before;
-  for_each_item(lattice.chunks() * groups, [&](int64_t item) {
-    const int64_t chunk = item / groups;
-    const int group = static_cast<int>(item - chunk * groups);
-    const int32_t v = lattice.chunk_vertex[chunk], first = lattice.chunk_begin[v];
-    const int32_t begin = lattice.vertex_begin[v] + (static_cast<int32_t>(chunk) - first) * kChunk;
-    const int32_t last = lattice.vertex_begin[v + 1];
-    const int32_t end = begin + kChunk < last ? begin + kChunk : last;
-    T sum[4] = {};
-    for (int32_t k = begin; k < end; ++k) {
-      const int64_t point = lattice.splat_point[k];
-      const T weight = lattice.splat_weight[k] * scale[point];
-      T row[4];
-      load_vector(rows + point * width + group * 4, row);
+  const T* scale = lattice.splat_scale(transposed);
+  const int lane = threadIdx.x % 32, slots = groups < 32 ? 32 / groups : 1;
+  const int slot = groups < 32 ? lane / groups : 0;
+  for_each_warp_item(lattice.header->chunks, [&](int64_t i) {
+    int32_t chunk[4];
+    load_vector(lattice.chunk + 4 * i, chunk);
+    const int32_t v = chunk[0], begin = chunk[1], end = chunk[2];
+    for (int first = 0; first < groups; first += 32) {
+      const int group = first + lane - slot * groups;
+      const bool active = slot < slots && group < groups;
+      T sum[4] = {};
+      for (int32_t k = active ? begin + slot : end; k < end; k += kUnroll * slots) {
+        int32_t point[kUnroll];
+        T weight[kUnroll], row[kUnroll][4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] += weight * row[c];
-    }
-    if (lattice.chunk_begin[v + 1] - first == 1) {
-      store_four(values + v * width + group * 4, sum);
-    } else {
-      store_vector(partial + chunk * width + group * 4, sum);
+        for (int u = 0; u < kUnroll; ++u) {
+          const int32_t at = k + u * slots;
+          point[u] = at < end ? lattice.splat_point[at] : -1;
+          weight[u] = at < end ? lattice.splat_weight[at] : T(0);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) row[u][c] = 0;
+          if (point[u] < 0) continue;
+          load_vector(rows + point[u] * width + group * 4, row[u]);
+          if (scale != nullptr) weight[u] *= scale[point[u]];
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[c] += weight[u] * row[u][c];
+        }
+      }
+      for (int left = slots; left > 1;) {
+        const int half = (left + 1) / 2;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const T other = __shfl_down_sync(0xffffffffu, sum[c], half * groups);
+          if (slot + half < left) sum[c] += other;
+        }
+        left = half;
+      }
+      if (!active || slot > 0) continue;
+      if (chunk[3] == 1) {
+        store_four(values + v * width + group * 4, sum);
+      } else {
+        store_vector(partial + i * width + group * 4, sum);
+      }
     }
   });
 }
@@ -73,45 +106,64 @@ __global__ void merge_chunks(CudaLattice<T> lattices, int groups, const T* all_p
   const int64_t width = groups * 4;
   const T* partial = all_partial + blockIdx.y * lattice.max_chunks() * width;
   V* values = all_values + blockIdx.y * lattice.capacity * width;
-  for_each_item(lattice.vertices() * groups, [&](int64_t item) {
-    const int64_t v = item / groups, group = item - v * groups;
+  for_each_row(lattice.vertices(), groups, [&](int64_t v, int group) {
     const int32_t begin = lattice.chunk_begin[v], end = lattice.chunk_begin[v + 1];
     if (end - begin == 1) return;
     T sum[4] = {};
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
+#pragma unroll 4
+    for (int32_t chunk = begin; chunk < end; ++chunk) {
       T part[4];
       load_vector(partial + chunk * width + group * 4, part);
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[c] += part[c];
     }
-    store_four(values + item * 4, sum);
+    store_four(values + v * width + group * 4, sum);
   });
 }
 
-// Four channels of one vertex per thread: value + (one neighbour + the other) / 2 along an axis.
-template <typename T, typename V>
-__global__ void blur(CudaLattice<T> lattices, int axis, int groups, const V* all_from, V* all_to) {
+// Four channels of one vertex per thread: value + (one neighbour + the other) / 2 along an axis;
+// with two axes, along the second of what the first gives, which the thread computes for the
+// vertex and its neighbours alike.
+template <int kAxes, typename T, typename V>
+__global__ void __launch_bounds__(kLatticeThreads)
+    blur(CudaLattice<T> lattices, int first, int second, int groups, const V* all_from, V* all_to) {
   const CudaLattice<T> lattice = lattices.image(blockIdx.y);
   const int64_t width = groups * 4, image = blockIdx.y * lattice.capacity * width;
   const V* from = all_from + image;
   V* to = all_to + image;
-  for_each_item(lattice.vertices() * groups, [&](int64_t item) {
-    const int64_t v = item / groups, group = item - v * groups;
-    const int32_t* neighbours = lattice.neighbour + 2 * axis * lattice.capacity + v;
-    T sides[4] = {}, value[4];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int32_t n = neighbours[side * lattice.capacity];
-      if (n < 0) continue;
-      T row[4];
-      load_four(from + n * width + group * 4, row);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sides[c] += row[c];
+  const int32_t* along_first = lattice.neighbour + 2 * first * lattice.capacity;
+  const int32_t* along_second = lattice.neighbour + 2 * second * lattice.capacity;
+  for_each_row(lattice.vertices(), groups, [&](int64_t v, int group) {
+    constexpr int kCentres = kAxes == 2 ? 3 : 1;
+    int32_t centre[3] = {static_cast<int32_t>(v)}, side[kCentres][2];
+    if constexpr (kAxes == 2) {
+      centre[1] = along_second[v];
+      centre[2] = along_second[lattice.capacity + v];
     }
-    load_four(from + item * 4, value);
+    T sum[kCentres][4] = {};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) value[c] += T(0.5) * sides[c];
-    store_four(to + item * 4, value);
+    for (int i = 0; i < kCentres; ++i) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        side[i][s] = centre[i] < 0 ? -1 : along_first[s * lattice.capacity + centre[i]];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCentres; ++i) {
+      T value[4] = {}, sides[2][4] = {};
+      if (centre[i] >= 0) load_four(from + centre[i] * width + group * 4, value);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        if (side[i][s] >= 0) load_four(from + side[i][s] * width + group * 4, sides[s]);
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[i][c] = value[c] + T(0.5) * (sides[0][c] + sides[1][c]);
+    }
+    if constexpr (kAxes == 2) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[0][c] += T(0.5) * (sum[1][c] + sum[2][c]);
+    }
+    store_four(to + v * width + group * 4, sum[0]);
   });
 }
 
@@ -125,8 +177,7 @@ __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int grou
   const V* values = all_values + blockIdx.y * lattice.capacity * width;
   T* rows = all_rows + blockIdx.y * lattice.points * width;
   const bool failed = lattice.failed();
-  for_each_item(lattice.points * groups, [&](int64_t item) {
-    const int64_t point = item / groups, group = item - point * groups;
+  for_each_row(lattice.points, groups, [&](int64_t point, int group) {
     T sum[4] = {};
     if (failed) {
 #pragma unroll
@@ -143,7 +194,7 @@ __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int grou
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[c] *= scale;
     }
-    store_vector(rows + item * 4, sum);
+    store_vector(rows + point * width + group * 4, sum);
   });
 }
 
@@ -207,15 +258,20 @@ const V* splat_and_blur(const CudaLattice<T>& lattice, int64_t images, const T* 
                         bool transposed, const BlurRows<T, V>& work, cudaStream_t stream) {
   const int groups = width / 4;
   V *values = work.values, *spare = values + images * lattice.capacity * width;
-  launch(splat_chunks<T, V>, image_grid(lattice_blocks(lattice.max_chunks() * groups), images),
+  launch(splat_chunks<T, V>,
+         image_grid(lattice_blocks(lattice.max_chunks(), images, kLatticeThreads / 32), images),
          kLatticeThreads, 0, stream, lattice, transposed, rows, groups, values, work.partial);
-  const dim3 grid = image_grid(lattice_blocks(lattice.capacity * groups), images);
-  launch(merge_chunks<T, V>, grid, kLatticeThreads, 0, stream, lattice, groups,
+  const dim3 block = row_block(groups);
+  const dim3 grid = image_grid(lattice_blocks(lattice.capacity, images, block.y), images);
+  launch(merge_chunks<T, V>, grid, block, 0, stream, lattice, groups,
          static_cast<const T*>(work.partial), values);
-  for (int a = 0; a <= lattice.d; ++a) {
-    launch(blur<T, V>, grid, kLatticeThreads, 0, stream, lattice, transposed ? lattice.d - a : a,
-           groups, values, spare);
+  for (int a = 0; a <= lattice.d;) {
+    const int axes = std::min(kBlurAxes, lattice.d + 1 - a);
+    const auto axis = [&](int i) { return transposed ? lattice.d - i : i; };
+    launch(axes == 2 ? &blur<2, T, V> : &blur<1, T, V>, grid, block, 0, stream, lattice, axis(a),
+           axis(a + axes - 1), groups, values, spare);
     std::swap(values, spare);
+    a += axes;
   }
   return values;
 }
@@ -223,9 +279,10 @@ const V* splat_and_blur(const CudaLattice<T>& lattice, int64_t images, const T* 
 template <typename T, typename V>
 void slice_rows(const CudaLattice<T>& lattice, int64_t images, const V* values, int width,
                 bool transposed, T* rows, cudaStream_t stream) {
-  launch(slice<T, V>, image_grid(lattice_blocks(lattice.points * (width / 4)), images),
-         kLatticeThreads, 0, stream, lattice, transposed, static_cast<T>(lattice_gain(lattice.d)),
-         width / 4, values, rows);
+  const dim3 block = row_block(width / 4);
+  launch(slice<T, V>, image_grid(lattice_blocks(lattice.points, images, block.y), images), block, 0,
+         stream, lattice, transposed, static_cast<T>(lattice_gain(lattice.d)), width / 4, values,
+         rows);
 }
 
 template <typename T>

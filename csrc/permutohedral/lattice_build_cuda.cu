@@ -127,19 +127,24 @@ __device__ __forceinline__ void locate_point(const T* features, int64_t points, 
   }
 }
 
-// One point per thread.
+// One point per thread. Grid axis y here and below: images.
 template <int kD, typename T, typename Key>
-__global__ void locate_points(const T* features, int64_t images, int64_t points, int d,
-                              Scale<T> scale, const KeyPlan<Key>* plan, T* weights, Key* keys) {
-  for_each_item(images * points, [&](int64_t i) {
-    const int64_t image = i / points, at = i * (d + 1);
+__global__ void locate_points(CudaLattice<T> lattices, const T* all_features, Scale<T> scale,
+                              const KeyPlan<Key>* plan, Key* all_keys) {
+  const CudaLattice<T> lattice = lattices.image(blockIdx.y);
+  const int64_t points = lattice.points;
+  const int d = lattice.d;
+  const T* features = all_features + blockIdx.y * d * points;
+  Key* keys = all_keys + blockIdx.y * lattice.splats();
+  const Key key = blockIdx.y > 0 ? static_cast<Key>(blockIdx.y) << plan->image_shift : Key(0);
+  for_each_item(points, [&](int64_t i) {
+    const int64_t at = i * (d + 1);
     if (plan->status != 0) {
-      for (int r = 0; r <= d; ++r) weights[at + r] = 0, keys[at + r] = 0;
+      for (int r = 0; r <= d; ++r) lattice.weight[at + r] = 0, keys[at + r] = 0;
       return;
     }
-    const Key key = image > 0 ? static_cast<Key>(image) << plan->image_shift : Key(0);
-    locate_point<kD>(features + image * (d - 1) * points + i, points, d, scale.value, plan->fields,
-                     key, weights + at, keys + at);
+    locate_point<kD>(features + i, points, d, scale.value, plan->fields, key, lattice.weight + at,
+                     keys + at);
   });
 }
 
@@ -160,6 +165,7 @@ __global__ void write_headers(CudaLattice<T> lattices, int64_t images, CudaLatti
     CudaLatticeHeader mine = header;
     mine.vertices = number[first + lattice.splats() - 1] - number[first] + 1;
     mine.status = plan->status;
+    mine.chunks = 0;
     if (mine.vertices > lattice.capacity) mine.status |= kTooManyVertices;
     *lattice.header = mine;
     outcome[2 * b] = mine.vertices;
@@ -167,7 +173,7 @@ __global__ void write_headers(CudaLattice<T> lattices, int64_t images, CudaLatti
   });
 }
 
-// What the following kernels do not write everywhere. Grid axis y here and below: images.
+// What the following kernels do not write everywhere.
 template <typename T>
 __global__ void clear(CudaLattice<T> lattices, int32_t* all_chunks) {
   const CudaLattice<T> lattice = lattices.image(blockIdx.y);
@@ -181,8 +187,8 @@ __global__ void clear(CudaLattice<T> lattices, int32_t* all_chunks) {
 // One splat per thread, in sorted order: `number` is its vertex, `corner` where it came from, both
 // counted over all images.
 template <typename T, typename Key>
-__global__ void write_splats(CudaLattice<T> lattices, const T* weights, const Key* keys,
-                             const int32_t* number, const int32_t* corner, Key* vertex_keys) {
+__global__ void write_splats(CudaLattice<T> lattices, const Key* keys, const int32_t* number,
+                             const int32_t* corner, Key* vertex_keys) {
   const CudaLattice<T> lattice = lattices.image(blockIdx.y);
   const int64_t first = blockIdx.y * lattice.splats();
   for_each_item(lattice.splats(), [&](int64_t k) {
@@ -190,7 +196,7 @@ __global__ void write_splats(CudaLattice<T> lattices, const T* weights, const Ke
     if (v >= lattice.capacity) return;  // then the lattice has failed
     lattice.vertex[c] = static_cast<int32_t>(v);
     lattice.splat_point[k] = static_cast<int32_t>(c / (lattice.d + 1));
-    lattice.weight[c] = lattice.splat_weight[k] = weights[first + c];
+    lattice.splat_weight[k] = lattice.weight[c];
     if (k == 0 || number[first + k - 1] != number[first + k]) {
       lattice.vertex_begin[v] = static_cast<int32_t>(k);
       vertex_keys[blockIdx.y * lattice.capacity + v] = keys[first + k];
@@ -243,7 +249,13 @@ __global__ void number_chunks(CudaLattice<T> lattices, const int32_t* all_sums) 
     const int32_t begin = v > 0 ? sums[v - 1] - before : 0, end = sums[v] - before;
     if (v == 0) lattice.chunk_begin[0] = 0;
     lattice.chunk_begin[v + 1] = end;
-    for (int32_t c = begin; c < end; ++c) lattice.chunk_vertex[c] = static_cast<int32_t>(v);
+    if (v == lattice.header->vertices - 1) lattice.header->chunks = end;
+    const int32_t last = lattice.vertex_begin[v + 1];
+    int32_t chunk[4] = {static_cast<int32_t>(v), lattice.vertex_begin[v], 0, end - begin};
+    for (int32_t c = begin; c < end; ++c, chunk[1] = chunk[2]) {
+      chunk[2] = chunk[1] + kChunk < last ? chunk[1] + kChunk : last;
+      store_vector(lattice.chunk + 4 * int64_t{c}, chunk);
+    }
   });
 }
 
@@ -260,6 +272,16 @@ __global__ void write_scales(CudaLattice<T> lattices, const T* sums, int normali
     const T sum = sums[(blockIdx.y * lattice.points + i) * 4] + T(1e-20);
     lattice.before[i] = normalization == 1 ? 1 / sum : normalization == 3 ? 1 / sqrt(sum) : 1;
     lattice.after[i] = normalization == 2 ? 1 / sum : normalization == 3 ? 1 / sqrt(sum) : 1;
+  });
+}
+
+// One splat per thread: see CudaLattice::splat_weight.
+template <typename T>
+__global__ void scale_splats(CudaLattice<T> lattices) {
+  const CudaLattice<T> lattice = lattices.image(blockIdx.y);
+  if (lattice.failed()) return;
+  for_each_item(lattice.splats(), [&](int64_t k) {
+    lattice.splat_weight[k] *= lattice.before[lattice.splat_point[k]];
   });
 }
 
@@ -312,7 +334,7 @@ std::vector<Tensor> build_with_keys(const Request<T>& r, int64_t capacity, const
   };
   const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
   const auto each_image = [&](int64_t items) {
-    return dim3(lattice_blocks(items), static_cast<unsigned>(r.images));
+    return dim3(lattice_blocks(items, r.images), static_cast<unsigned>(r.images));
   };
   constexpr int64_t kKeyBytes = sizeof(Key);
   Tensor plan_memory = bytes_of(sizeof(KeyPlan<Key>)),
@@ -323,33 +345,33 @@ std::vector<Tensor> build_with_keys(const Request<T>& r, int64_t capacity, const
   Key* vertex_keys = static_cast<Key*>(vertex_key_memory.mutable_data_ptr());
   Tensor order = integers(splats), starts = integers(splats), number = integers(splats);
   Tensor chunks = integers(r.images * capacity), sums = integers(r.images * capacity);
-  Tensor weights = cuda_workspace<T>(r.like, splats);
   outcome = torch::stable::new_empty(r.like, {2 * r.images}, ScalarType::Long);
-
-  launch(plan_keys<T, Key>, 1, 32, 0, stream, r.d, r.bound_blocks(), r.image_bits(),
-         bounds.const_data_ptr<T>(), plan);
-  Scale<T> scale;
-  lattice_scale(r.d, scale.value);
-  launch(locate_kernel<T, Key>(r.d), lattice_blocks(r.images * points), kThreads, 0, stream,
-         r.features, r.images, points, r.d, scale, plan, weights.mutable_data_ptr<T>(), keys);
-  radix_sort(r.like, keys, sorted, ints(order), splats, 8 * sizeof(Key), stream);
-  launch(mark_starts<Key>, lattice_blocks(splats), kThreads, 0, stream, sorted, splats,
-         ints(starts));
-  inclusive_sum(r.like, ints(starts), ints(number), splats, stream);
 
   const int64_t bytes = CudaLattice<T>::bytes(points, r.d, capacity, r.storage);
   const int64_t distance = ceil_div<int64_t>(bytes, 256) * 256;
   Tensor buffer = bytes_of(r.images * distance);
   CudaLattice<T> lattice(buffer.mutable_data_ptr(), points, r.d, capacity);
   lattice.distance = distance;
+
+  launch(plan_keys<T, Key>, 1, 32, 0, stream, r.d, r.bound_blocks(), r.image_bits(),
+         bounds.const_data_ptr<T>(), plan);
+  Scale<T> scale;
+  lattice_scale(r.d, scale.value);
+  launch(locate_kernel<T, Key>(r.d), each_image(points), kThreads, 0, stream, lattice, r.features,
+         scale, plan, keys);
+  radix_sort(r.like, keys, sorted, ints(order), splats, 8 * sizeof(Key), stream);
+  launch(mark_starts<Key>, lattice_blocks(splats), kThreads, 0, stream, sorted, splats,
+         ints(starts));
+  inclusive_sum(r.like, ints(starts), ints(number), splats, stream);
+
   launch(write_headers<T, Key>, lattice_blocks(r.images), kThreads, 0, stream, lattice, r.images,
          CudaLatticeHeader{kCudaLatticeMagic, bytes, sizeof(T), r.normalization, points, r.d,
-                           r.height, r.width, 0, 0},
+                           r.height, r.width, 0, 0, 0},
          ints(number), plan, static_cast<int64_t*>(outcome.mutable_data_ptr()));
   launch(clear<T>, each_image(2 * (r.d + 1) * capacity), kThreads, 0, stream, lattice,
          ints(chunks));
-  launch(write_splats<T, Key>, each_image(r.splats()), kThreads, 0, stream, lattice,
-         weights.const_data_ptr<T>(), sorted, ints(number), ints(order), vertex_keys);
+  launch(write_splats<T, Key>, each_image(r.splats()), kThreads, 0, stream, lattice, sorted,
+         ints(number), ints(order), vertex_keys);
   launch(link_vertices<T, Key>, each_image(capacity), kThreads, 0, stream, lattice, plan,
          vertex_keys, ints(chunks));
   inclusive_sum(r.like, ints(chunks), ints(sums), r.images * capacity, stream);
@@ -366,6 +388,9 @@ std::vector<Tensor> build_with_keys(const Request<T>& r, int64_t capacity, const
     slice_rows(lattice, r.images, blurred, kWidth, false, rows, stream);
     launch(write_scales<T>, each_image(points), kThreads, 0, stream, lattice, rows,
            r.normalization);
+    if (r.normalization == 3) {
+      launch(scale_splats<T>, each_image(r.splats()), kThreads, 0, stream, lattice);
+    }
   }
   std::vector<Tensor> lattices;
   for (int64_t b = 0; b < r.images; ++b) {

@@ -20,8 +20,8 @@
 
 namespace fastseg {
 
-constexpr int64_t kCudaLatticeMagic = 0x4c41545449434533;  // "LATTICE3"
-constexpr int kChunk = 128;  // splats of one vertex that one thread group adds up
+constexpr int64_t kCudaLatticeMagic = 0x4c41545449434534;  // "LATTICE4"
+constexpr int kChunk = 128;  // splats of one vertex that one warp adds up
 
 // Why a lattice could not be built; 0 if it could.
 enum LatticeStatus : int64_t {
@@ -36,11 +36,12 @@ enum LatticeStatus : int64_t {
 enum class Storage { kSame = 0, kHalf = 1, kBFloat16 = 2 };
 
 // The start of the buffer: the facts that PermutohedralLattice shows, in the order of the CPU's.
-// Only the device knows `vertices`, which may exceed the capacity, and `status`.
+// Only the device knows `vertices`, which may exceed the capacity, `status` and `chunks`, 0 of a
+// lattice that could not be built.
 struct CudaLatticeHeader {
   int64_t magic, bytes, element_bytes, normalization;
   int64_t points, features, height, width;
-  int64_t vertices, status;
+  int64_t vertices, status, chunks;
 };
 
 // The arrays behind the header; d1 = features + 1, M = capacity in vertices.
@@ -52,13 +53,13 @@ struct CudaLattice {
   int32_t* vertex;        // [points][d1] the corners of each point's simplex
   T* weight;              // [points][d1]
   int32_t* splat_point;   // [points * d1] the splats, vertex by vertex
-  T* splat_weight;        // [points * d1]
+  T* splat_weight;        // [points * d1] times `before` where that equals `after`
   T *before, *after;      // [points] scales of what is splatted and of what is sliced
   int32_t* vertex_begin;  // [M + 1] splats of each vertex
   int32_t* chunk_begin;   // [M + 1] chunks of up to kChunk splats
-  int32_t* chunk_vertex;  // [max_chunks()]
-  int32_t* neighbour;     // [d1][2][M] along each blur axis, -1 where there is none
-  int64_t distance = 0;   // in bytes, from this image's buffer to the next; 0: one for all images
+  int32_t* chunk;        // [max_chunks()][4] vertex, its first and last splat, chunks of the vertex
+  int32_t* neighbour;    // [d1][2][M] along each blur axis, -1 where there is none
+  int64_t distance = 0;  // in bytes, from this image's buffer to the next; 0: one for all images
 
   CudaLattice(void* buffer, int64_t points, int d, int64_t capacity)
       : d(d), points(points), capacity(capacity) {
@@ -76,14 +77,15 @@ struct CudaLattice {
     };
     move(other.header), move(other.vertex), move(other.weight), move(other.splat_point);
     move(other.splat_weight), move(other.before), move(other.after), move(other.vertex_begin);
-    move(other.chunk_begin), move(other.chunk_vertex), move(other.neighbour);
+    move(other.chunk_begin), move(other.chunk), move(other.neighbour);
     return other;
   }
   __device__ __forceinline__ bool failed() const { return header->status != 0; }
   // The number of vertices, 0 if the lattice could not be built.
   __device__ __forceinline__ int64_t vertices() const { return failed() ? 0 : header->vertices; }
-  __device__ __forceinline__ int64_t chunks() const {
-    return failed() ? 0 : chunk_begin[header->vertices];
+  // What splats are scaled by, beyond `splat_weight`; null: nothing.
+  __device__ __forceinline__ const T* splat_scale(bool transposed) const {
+    return header->normalization != (transposed ? 2 : 1) ? nullptr : transposed ? after : before;
   }
 
   // Without reading device memory, a buffer's size tells d, M and the storage: a multiple of 64,
@@ -111,7 +113,7 @@ struct CudaLattice {
     place(after, points);
     place(vertex_begin, capacity + 1);
     place(chunk_begin, capacity + 1);
-    place(chunk_vertex, max_chunks());
+    place(chunk, 4 * max_chunks());
     place(neighbour, 2 * (d + 1) * capacity);
     return at;
   }
@@ -244,11 +246,15 @@ void rows_to_planes(const T* rows, int64_t images, int64_t points, int64_t chann
 // ---- threads over counts that only the device knows ----
 
 constexpr int kLatticeThreads = 256;
-constexpr int64_t kMostBlocks = 132 * 32;  // beyond it threads take several items each
+// What the device holds at a time; threads take several items each beyond it. More blocks, most of
+// them with nothing to do, cost more than the work of one image (1.5 us for 4224 blocks).
+constexpr int64_t kMostBlocks = 132 * 8;
 
-inline unsigned lattice_blocks(int64_t items) {
+// Blocks of one image.
+inline unsigned lattice_blocks(int64_t items, int64_t images = 1, int per_block = kLatticeThreads) {
+  const int64_t most = std::max<int64_t>(132, kMostBlocks / images);
   return static_cast<unsigned>(
-      std::max<int64_t>(1, std::min(kMostBlocks, ceil_div<int64_t>(items, kLatticeThreads))));
+      std::max<int64_t>(1, std::min(most, ceil_div<int64_t>(items, per_block))));
 }
 
 // fn(i) for each i < count, the threads of grid axis x one after another.
@@ -257,6 +263,30 @@ __device__ __forceinline__ void for_each_item(int64_t count, const Fn& fn) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
     fn(i);
+  }
+}
+
+// The same for warps: fn(i) is called by all 32 threads.
+template <typename Fn>
+__device__ __forceinline__ void for_each_warp_item(int64_t count, const Fn& fn) {
+  for (int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < count;
+       i += int64_t{gridDim.x} * (blockDim.x / 32)) {
+    fn(i);
+  }
+}
+
+// fn(row, group) for `rows` rows of `groups` times four channels, without a division: the launch's
+// block is row_block(groups).
+inline dim3 row_block(int groups) {
+  const int x = std::min(groups, kLatticeThreads);
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(kLatticeThreads / x));
+}
+
+template <typename Fn>
+__device__ __forceinline__ void for_each_row(int64_t rows, int groups, const Fn& fn) {
+  for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < rows;
+       row += int64_t{gridDim.x} * blockDim.y) {
+    for (int group = threadIdx.x; group < groups; group += blockDim.x) fn(row, group);
   }
 }
 
