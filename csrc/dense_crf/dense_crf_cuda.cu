@@ -17,8 +17,7 @@
 namespace fastseg {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMaxTerms = 8;
+constexpr int kThreads = 128;
 constexpr int64_t kImagesTogether = 65535;  // in one launch, where their lattices allow it
 
 // What the update reads of one pairwise term, of the first image.
@@ -58,7 +57,7 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 // of `groups` * 4; and where a term is full one row and a channel per point of the block.
 // `invalid`, if not null, becomes 1 where an energy is NaN or -inf, or all of a point are inf.
 template <typename T, typename V, int kPer>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
     update(const __grid_constant__ Messages<T, V> messages, int64_t points, int labels, int groups,
            int lanes, const T* all_energies, T* all_beliefs, int32_t* invalid) {
   constexpr int kCorners = 3;  // gathered at once; simplices of 2 and 5 features have 3 and 6
@@ -270,19 +269,17 @@ template <typename T, typename V>
 void run_updates(const Terms& terms, const Tensor& unary, int64_t b, int64_t images, int width,
                  int64_t iterations, const T* energies, T* beliefs, cudaStream_t stream) {
   const int64_t points = unary.size(2);
-  std::vector<CudaLattice<T>> lattices;
-  std::vector<BlurRows<T, V>> work;
+  std::vector<BlurTerm<T, V>> blurred;
   std::vector<Tensor> memory;
   Messages<T, V> messages;
   for (size_t k = 0; k < terms.counts.size(); ++k) {
     const bool shared = terms.counts[k] == 1;
     Storage storage;
-    lattices.push_back(cuda_lattices<T>(
+    const CudaLattice<T> lattice = cuda_lattices<T>(
         "dense_crf", terms.lattices, terms.first[k] + (shared ? 0 : static_cast<size_t>(b)),
-        shared ? 1 : static_cast<size_t>(images), points, &storage));
+        shared ? 1 : static_cast<size_t>(images), points, &storage);
     FASTSEG_CHECK(storage == terms.storage, "dense_crf: all lattices must have one storage");
-    const CudaLattice<T>& lattice = lattices.back();
-    work.push_back(blur_rows<T, V>(unary, lattice, images, width, memory));
+    blurred.push_back(blur_term<T, V>(unary, lattice, images, width, memory));
     const Tensor& c = terms.coefficients[k];
     messages.term[messages.count++] = {lattice.header,
                                        lattice.vertex,
@@ -297,10 +294,8 @@ void run_updates(const Terms& terms, const Tensor& unary, int64_t b, int64_t ima
                                        c.dim() == 2};
   }
   for (int64_t step = 0; step < iterations; ++step) {
-    for (size_t k = 0; k < lattices.size(); ++k) {
-      messages.term[k].values = splat_and_blur(lattices[k], images, static_cast<const T*>(beliefs),
-                                               width, false, work[k], stream);
-    }
+    splat_and_blur(blurred, images, static_cast<const T*>(beliefs), width, false, stream);
+    for (size_t k = 0; k < blurred.size(); ++k) messages.term[k].values = blurred[k].values;
     launch_update(messages, images, points, static_cast<int>(unary.size(1)), width, energies,
                   beliefs, nullptr, stream);
   }

@@ -1,9 +1,11 @@
 // The permutohedral filter on CUDA: a vertex gathers the rows of its splats, listed by the build,
-// so nothing is atomic and every sum has a fixed order. Grid axis y counts the images of the batch.
+// so nothing is atomic and every sum has a fixed order. Grid axis y counts the images of the batch,
+// z the lattices that one launch serves, since a single image fills few blocks.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -14,6 +16,12 @@ namespace fastseg {
 namespace {
 
 constexpr int kBlurAxes = 2;  // per launch, 1 or 2
+constexpr int kSlots = 4;     // splats of a chunk that are added up side by side
+
+template <typename T, typename V>
+struct BlurTerms {
+  BlurTerm<T, V> term[kMaxTerms];
+};
 
 // Four channels of a row of V as T, and back.
 template <typename T, typename V>
@@ -26,52 +34,62 @@ __device__ __forceinline__ void load_four(const V* from, T (&to)[4]) {
 
 template <typename T, typename V>
 __device__ __forceinline__ void store_four(V* to, const T (&from)[4]) {
+  if constexpr (std::is_same_v<T, V>) return store_vector(to, from);  // the copy makes four stores
   V stored[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) stored[c] = static_cast<V>(from[c]);
   store_vector(to, stored);
 }
 
-// One warp per chunk: sums of weight * row. Its lanes are `slots` times the row's groups of four
-// channels (32 of them at a time), each slot takes every slots-th splat, kUnroll rows at once. A
-// vertex's only chunk goes to its row, the others to `partial` (images, max_chunks, width).
+// Sums of weight * row over each chunk. `team` lanes of a warp share a chunk: kSlots times the
+// row's groups of four channels, eight of them at a time (`team` is kSlots times a power of two).
+// Each slot adds up every kSlots-th splat, so that the order does not depend on the number of
+// channels, with kUnroll rows on their way at once. A vertex's only chunk goes to its row, the
+// others to `partial` (images, max_chunks, width).
 template <typename T, typename V>
-__global__ void __launch_bounds__(kLatticeThreads)
-    splat_chunks(CudaLattice<T> lattices, bool transposed, const T* all_rows, int groups,
-                 V* all_values, T* all_partial) {
+__global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 4 : 2)
+    splat_chunks(const __grid_constant__ BlurTerms<T, V> terms, bool transposed, const T* all_rows,
+                 int groups, int team) {
   constexpr int kUnroll = sizeof(T) == 4 ? 4 : 2;
-  const CudaLattice<T> lattice = lattices.image(blockIdx.y);
-  const int64_t width = groups * 4;
+  const BlurTerm<T, V>& term = terms.term[blockIdx.z];
+  const CudaLattice<T> lattice = term.lattice.image(blockIdx.y);
+  const int width = groups * 4;
   const T* rows = all_rows + blockIdx.y * lattice.points * width;
-  V* values = all_values + blockIdx.y * lattice.capacity * width;
-  T* partial = all_partial + blockIdx.y * lattice.max_chunks() * width;
+  V* values = term.values + blockIdx.y * lattice.capacity * width;
+  T* partial = term.partial + blockIdx.y * lattice.max_chunks() * width;
   const T* scale = lattice.splat_scale(transposed);
-  const int lane = threadIdx.x % 32, slots = groups < 32 ? 32 / groups : 1;
-  const int slot = groups < 32 ? lane / groups : 0;
-  for_each_warp_item(lattice.header->chunks, [&](int64_t i) {
-    int32_t chunk[4];
-    load_vector(lattice.chunk + 4 * i, chunk);
+  const int64_t chunks = lattice.header->chunks;
+  const int at_once = team / kSlots, lane = threadIdx.x % team, slot = lane / at_once;
+  const int64_t thread = int64_t{blockIdx.x} * kLatticeThreads + threadIdx.x;
+  const int64_t step = int64_t{gridDim.x} * kLatticeThreads / team;
+  // Whole warps stay together for the shuffles.
+  for (int64_t i = thread / team, start = thread / 32 * (32 / team); start < chunks;
+       i += step, start += step) {
+    int32_t chunk[4] = {};
+    if (i < chunks) load_vector(lattice.chunk + 4 * i, chunk);
     const int32_t v = chunk[0], begin = chunk[1], end = chunk[2];
-    for (int first = 0; first < groups; first += 32) {
-      const int group = first + lane - slot * groups;
-      const bool active = slot < slots && group < groups;
+    for (int group = lane - slot * at_once, first = 0; first < groups;
+         group += at_once, first += at_once) {
+      const T* mine = rows + group * 4;
       T sum[4] = {};
-      for (int32_t k = active ? begin + slot : end; k < end; k += kUnroll * slots) {
+      for (int32_t k = group < groups ? begin + slot : end; k < end; k += kUnroll * kSlots) {
         int32_t point[kUnroll];
-        T weight[kUnroll], row[kUnroll][4];
+        T weight[kUnroll], row[kUnroll][4] = {};
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          const int32_t at = k + u * slots;
+          const int32_t at = k + u * kSlots;
           point[u] = at < end ? lattice.splat_point[at] : -1;
           weight[u] = at < end ? lattice.splat_weight[at] : T(0);
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+          if (point[u] >= 0) load_vector(mine + int64_t{point[u]} * width, row[u]);
+        }
+        if (scale != nullptr) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) row[u][c] = 0;
-          if (point[u] < 0) continue;
-          load_vector(rows + point[u] * width + group * 4, row[u]);
-          if (scale != nullptr) weight[u] *= scale[point[u]];
+          for (int u = 0; u < kUnroll; ++u) {
+            if (point[u] >= 0) weight[u] *= scale[point[u]];
+          }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -79,33 +97,28 @@ __global__ void __launch_bounds__(kLatticeThreads)
           for (int c = 0; c < 4; ++c) sum[c] += weight[u] * row[u][c];
         }
       }
-      for (int left = slots; left > 1;) {
-        const int half = (left + 1) / 2;
+      for (int bit = at_once; bit < team; bit *= 2) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const T other = __shfl_down_sync(0xffffffffu, sum[c], half * groups);
-          if (slot + half < left) sum[c] += other;
-        }
-        left = half;
+        for (int c = 0; c < 4; ++c) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], bit);
       }
-      if (!active || slot > 0) continue;
+      if (i >= chunks || group >= groups || slot > 0) continue;
       if (chunk[3] == 1) {
-        store_four(values + v * width + group * 4, sum);
+        store_four(values + int64_t{v} * width + group * 4, sum);
       } else {
         store_vector(partial + i * width + group * 4, sum);
       }
     }
-  });
+  }
 }
 
 // Four channels of one vertex per thread: joins its chunks where there are several.
 template <typename T, typename V>
-__global__ void merge_chunks(CudaLattice<T> lattices, int groups, const T* all_partial,
-                             V* all_values) {
-  const CudaLattice<T> lattice = lattices.image(blockIdx.y);
-  const int64_t width = groups * 4;
-  const T* partial = all_partial + blockIdx.y * lattice.max_chunks() * width;
-  V* values = all_values + blockIdx.y * lattice.capacity * width;
+__global__ void merge_chunks(const __grid_constant__ BlurTerms<T, V> terms, int groups) {
+  const BlurTerm<T, V>& term = terms.term[blockIdx.z];
+  const CudaLattice<T> lattice = term.lattice.image(blockIdx.y);
+  const int width = groups * 4;
+  const T* partial = term.partial + blockIdx.y * lattice.max_chunks() * width;
+  V* values = term.values + blockIdx.y * lattice.capacity * width;
   for_each_row(lattice.vertices(), groups, [&](int64_t v, int group) {
     const int32_t begin = lattice.chunk_begin[v], end = lattice.chunk_begin[v + 1];
     if (end - begin == 1) return;
@@ -113,56 +126,55 @@ __global__ void merge_chunks(CudaLattice<T> lattices, int groups, const T* all_p
 #pragma unroll 4
     for (int32_t chunk = begin; chunk < end; ++chunk) {
       T part[4];
-      load_vector(partial + chunk * width + group * 4, part);
+      load_vector(partial + int64_t{chunk} * width + group * 4, part);
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[c] += part[c];
     }
-    store_four(values + v * width + group * 4, sum);
+    store_four(values + int64_t{v} * width + group * 4, sum);
   });
 }
 
-// Four channels of one vertex per thread: value + (one neighbour + the other) / 2 along an axis;
-// with two axes, along the second of what the first gives, which the thread computes for the
-// vertex and its neighbours alike.
-template <int kAxes, typename T, typename V>
-__global__ void __launch_bounds__(kLatticeThreads)
-    blur(CudaLattice<T> lattices, int first, int second, int groups, const V* all_from, V* all_to) {
-  const CudaLattice<T> lattice = lattices.image(blockIdx.y);
-  const int64_t width = groups * 4, image = blockIdx.y * lattice.capacity * width;
-  const V* from = all_from + image;
-  V* to = all_to + image;
-  const int32_t* along_first = lattice.neighbour + 2 * first * lattice.capacity;
-  const int32_t* along_second = lattice.neighbour + 2 * second * lattice.capacity;
+// Four channels of one vertex per thread: value + (one neighbour + the other) / 2 along the first
+// axis; and along the second of what the first gives, which the thread computes for the vertex and
+// its neighbours alike.
+template <typename T, typename V>
+__global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 3 : 2)
+    blur(const __grid_constant__ BlurTerms<T, V> terms, int groups) {
+  const BlurTerm<T, V>& term = terms.term[blockIdx.z];
+  if (term.first < 0) return;
+  const CudaLattice<T> lattice = term.lattice.image(blockIdx.y);
+  const int width = groups * 4;
+  const int64_t image = blockIdx.y * lattice.capacity * width;
+  const V* from = term.values + image;
+  V* to = term.spare + image;
+  const int32_t* along_first = lattice.neighbour + 2 * term.first * lattice.capacity;
+  const int32_t* along_second = lattice.neighbour + 2 * term.second * lattice.capacity;
+  const bool two = term.second >= 0;
   for_each_row(lattice.vertices(), groups, [&](int64_t v, int group) {
-    constexpr int kCentres = kAxes == 2 ? 3 : 1;
-    int32_t centre[3] = {static_cast<int32_t>(v)}, side[kCentres][2];
-    if constexpr (kAxes == 2) {
-      centre[1] = along_second[v];
-      centre[2] = along_second[lattice.capacity + v];
-    }
-    T sum[kCentres][4] = {};
+    const int32_t centre[3] = {static_cast<int32_t>(v), two ? along_second[v] : -1,
+                               two ? along_second[lattice.capacity + v] : -1};
+    int32_t side[3][2];
 #pragma unroll
-    for (int i = 0; i < kCentres; ++i) {
+    for (int i = 0; i < 3; ++i) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         side[i][s] = centre[i] < 0 ? -1 : along_first[s * lattice.capacity + centre[i]];
       }
     }
+    T sum[3][4];
 #pragma unroll
-    for (int i = 0; i < kCentres; ++i) {
+    for (int i = 0; i < 3; ++i) {
       T value[4] = {}, sides[2][4] = {};
-      if (centre[i] >= 0) load_four(from + centre[i] * width + group * 4, value);
+      if (centre[i] >= 0) load_four(from + int64_t{centre[i]} * width + group * 4, value);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        if (side[i][s] >= 0) load_four(from + side[i][s] * width + group * 4, sides[s]);
+        if (side[i][s] >= 0) load_four(from + int64_t{side[i][s]} * width + group * 4, sides[s]);
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[i][c] = value[c] + T(0.5) * (sides[0][c] + sides[1][c]);
     }
-    if constexpr (kAxes == 2) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[0][c] += T(0.5) * (sum[1][c] + sum[2][c]);
-    }
+    for (int c = 0; c < 4; ++c) sum[0][c] += T(0.5) * (sum[1][c] + sum[2][c]);
     store_four(to + v * width + group * 4, sum[0]);
   });
 }
@@ -173,7 +185,7 @@ template <typename T, typename V>
 __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int groups,
                       const V* all_values, T* all_rows) {
   const CudaLattice<T> lattice = lattices.image(blockIdx.y);
-  const int64_t width = groups * 4;
+  const int width = groups * 4;
   const V* values = all_values + blockIdx.y * lattice.capacity * width;
   T* rows = all_rows + blockIdx.y * lattice.points * width;
   const bool failed = lattice.failed();
@@ -187,7 +199,7 @@ __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int grou
       for (int r = 0; r <= lattice.d; ++r) {
         const int64_t corner = point * (lattice.d + 1) + r;
         T row[4];
-        load_four(values + lattice.vertex[corner] * width + group * 4, row);
+        load_four(values + int64_t{lattice.vertex[corner]} * width + group * 4, row);
 #pragma unroll
         for (int c = 0; c < 4; ++c) sum[c] += lattice.weight[corner] * row[c];
       }
@@ -242,8 +254,8 @@ __global__ void transpose_to_planes(const T* all_rows, int64_t points, int chann
   }
 }
 
-dim3 image_grid(unsigned blocks, int64_t images) {
-  return dim3(blocks, static_cast<unsigned>(images));
+dim3 image_grid(unsigned blocks, int64_t images, size_t terms = 1) {
+  return dim3(blocks, static_cast<unsigned>(images), static_cast<unsigned>(terms));
 }
 
 dim3 transpose_grid(int64_t points, int width, int64_t images) {
@@ -254,26 +266,45 @@ dim3 transpose_grid(int64_t points, int width, int64_t images) {
 }  // namespace
 
 template <typename T, typename V>
-const V* splat_and_blur(const CudaLattice<T>& lattice, int64_t images, const T* rows, int width,
-                        bool transposed, const BlurRows<T, V>& work, cudaStream_t stream) {
+void splat_and_blur(std::vector<BlurTerm<T, V>>& terms, int64_t images, const T* rows, int width,
+                    bool transposed, cudaStream_t stream) {
+  if (terms.empty()) return;
   const int groups = width / 4;
-  V *values = work.values, *spare = values + images * lattice.capacity * width;
-  launch(splat_chunks<T, V>,
-         image_grid(lattice_blocks(lattice.max_chunks(), images, kLatticeThreads / 32), images),
-         kLatticeThreads, 0, stream, lattice, transposed, rows, groups, values, work.partial);
-  const dim3 block = row_block(groups);
-  const dim3 grid = image_grid(lattice_blocks(lattice.capacity, images, block.y), images);
-  launch(merge_chunks<T, V>, grid, block, 0, stream, lattice, groups,
-         static_cast<const T*>(work.partial), values);
-  for (int a = 0; a <= lattice.d;) {
-    const int axes = std::min(kBlurAxes, lattice.d + 1 - a);
-    const auto axis = [&](int i) { return transposed ? lattice.d - i : i; };
-    launch(axes == 2 ? &blur<2, T, V> : &blur<1, T, V>, grid, block, 0, stream, lattice, axis(a),
-           axis(a + axes - 1), groups, values, spare);
-    std::swap(values, spare);
-    a += axes;
+  int64_t chunks = 0, capacity = 0;
+  int d = 0;
+  for (const BlurTerm<T, V>& term : terms) {
+    chunks = std::max(chunks, term.lattice.max_chunks());
+    capacity = std::max(capacity, term.lattice.capacity);
+    d = std::max(d, term.lattice.d);
   }
-  return values;
+  const auto argument = [&] {
+    BlurTerms<T, V> all;
+    std::copy(terms.begin(), terms.end(), all.term);
+    return all;
+  };
+  const int64_t each = images * static_cast<int64_t>(terms.size());
+  const auto grid = [&](int64_t items, int per_block) {
+    return image_grid(lattice_blocks(items, each, per_block), images, terms.size());
+  };
+  int team = kSlots;
+  while (team < 32 && team < kSlots * groups) team *= 2;
+  launch(splat_chunks<T, V>, grid(chunks, kLatticeThreads / team), kLatticeThreads, 0, stream,
+         argument(), transposed, rows, groups, team);
+  const dim3 block = row_block(groups);
+  launch(merge_chunks<T, V>, grid(capacity, block.y), block, 0, stream, argument(), groups);
+  for (int a = 0; a <= d; a += kBlurAxes) {
+    for (BlurTerm<T, V>& term : terms) {
+      const auto axis = [&](int i) {
+        return i > term.lattice.d || i >= a + kBlurAxes ? -1 : transposed ? term.lattice.d - i : i;
+      };
+      term.first = axis(a);
+      term.second = axis(a + 1);
+    }
+    launch(blur<T, V>, grid(capacity, block.y), block, 0, stream, argument(), groups);
+    for (BlurTerm<T, V>& term : terms) {
+      if (term.first >= 0) std::swap(term.values, term.spare);
+    }
+  }
 }
 
 template <typename T, typename V>
@@ -299,9 +330,9 @@ void rows_to_planes(const T* rows, int64_t images, int64_t points, int64_t chann
          rows, points, static_cast<int>(channels), width, planes);
 }
 
-#define FASTSEG_INSTANTIATE(T, V)                                                       \
-  template const V* splat_and_blur(const CudaLattice<T>&, int64_t, const T*, int, bool, \
-                                   const BlurRows<T, V>&, cudaStream_t);                \
+#define FASTSEG_INSTANTIATE(T, V)                                                          \
+  template void splat_and_blur(std::vector<BlurTerm<T, V>>&, int64_t, const T*, int, bool, \
+                               cudaStream_t);                                              \
   template void slice_rows(const CudaLattice<T>&, int64_t, const V*, int, bool, T*, cudaStream_t);
 FASTSEG_INSTANTIATE(float, float)
 FASTSEG_INSTANTIATE(float, Half)
@@ -348,10 +379,10 @@ Tensor permutohedral_filter_cuda(const Tensor& values, std::vector<Tensor> latti
       dispatch_storage<T>(storage, [&](auto value) {
         using V = decltype(value);
         std::vector<Tensor> memory;
-        const BlurRows<T, V> work = blur_rows<T, V>(values, lattice, images, width, memory);
-        const V* blurred = splat_and_blur(lattice, images, static_cast<const T*>(rows), width,
-                                          transposed, work, stream);
-        slice_rows(lattice, images, blurred, width, transposed, rows, stream);
+        std::vector<BlurTerm<T, V>> terms{blur_term<T, V>(values, lattice, images, width, memory)};
+        splat_and_blur(terms, images, static_cast<const T*>(rows), width, transposed, stream);
+        slice_rows(lattice, images, static_cast<const V*>(terms[0].values), width, transposed, rows,
+                   stream);
       });
       rows_to_planes(static_cast<const T*>(rows), images, points, channels, width,
                      out.mutable_data_ptr<T>() + at, stream);

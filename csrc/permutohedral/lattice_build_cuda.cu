@@ -380,12 +380,12 @@ std::vector<Tensor> build_with_keys(const Request<T>& r, int64_t capacity, const
     constexpr int kWidth = 4;
     Tensor ones = cuda_workspace<T>(r.like, r.images * points * kWidth);
     std::vector<Tensor> memory;
-    const BlurRows<T, T> work = blur_rows<T, T>(r.like, lattice, r.images, kWidth, memory);
+    std::vector<BlurTerm<T, T>> terms{blur_term<T, T>(r.like, lattice, r.images, kWidth, memory)};
     T* rows = ones.mutable_data_ptr<T>();
     launch(fill<T>, lattice_blocks(ones.numel()), kThreads, 0, stream, rows, ones.numel(), T(1));
-    const T* blurred =
-        splat_and_blur(lattice, r.images, static_cast<const T*>(rows), kWidth, false, work, stream);
-    slice_rows(lattice, r.images, blurred, kWidth, false, rows, stream);
+    splat_and_blur(terms, r.images, static_cast<const T*>(rows), kWidth, false, stream);
+    slice_rows(lattice, r.images, static_cast<const T*>(terms[0].values), kWidth, false, rows,
+               stream);
     launch(write_scales<T>, each_image(points), kThreads, 0, stream, lattice, rows,
            r.normalization);
     if (r.normalization == 3) {

@@ -21,7 +21,7 @@
 namespace fastseg {
 
 constexpr int64_t kCudaLatticeMagic = 0x4c41545449434534;  // "LATTICE4"
-constexpr int kChunk = 128;  // splats of one vertex that one warp adds up
+constexpr int kChunk = 128;  // splats of one vertex that one team of threads adds up
 
 // Why a lattice could not be built; 0 if it could.
 enum LatticeStatus : int64_t {
@@ -61,6 +61,7 @@ struct CudaLattice {
   int32_t* neighbour;    // [d1][2][M] along each blur axis, -1 where there is none
   int64_t distance = 0;  // in bytes, from this image's buffer to the next; 0: one for all images
 
+  CudaLattice() = default;
   CudaLattice(void* buffer, int64_t points, int d, int64_t capacity)
       : d(d), points(points), capacity(capacity) {
     lay_out(static_cast<char*>(buffer));
@@ -206,28 +207,34 @@ Tensor cuda_workspace(const Tensor& like, int64_t count) {
                                                    : ScalarType::Short);
 }
 
-// Memory of splat_and_blur: two rows of V for each vertex of all images, one of T for each chunk.
+constexpr int kMaxTerms = 8;  // lattices that one launch splats onto
+
+// One lattice (per image) that rows are splatted onto and blurred on, and the memory for it: two
+// rows of V for each vertex of all images, one of T for each chunk.
 template <typename T, typename V>
-struct BlurRows {
-  V* values;
-  T* partial;
+struct BlurTerm {
+  CudaLattice<T> lattice;
+  V *values, *spare;          // (images, capacity, width) each
+  T* partial;                 // (images, max_chunks, width)
+  int first = 0, second = 0;  // axes that a launch blurs along, -1: along none
 };
 
 template <typename T, typename V>
-BlurRows<T, V> blur_rows(const Tensor& like, const CudaLattice<T>& lattice, int64_t images,
+BlurTerm<T, V> blur_term(const Tensor& like, const CudaLattice<T>& lattice, int64_t images,
                          int width, std::vector<Tensor>& keep) {
-  keep.push_back(cuda_workspace<V>(like, 2 * images * lattice.capacity * width));
-  V* values = static_cast<V*>(keep.back().mutable_data_ptr());
+  const int64_t values = images * lattice.capacity * width;
+  keep.push_back(cuda_workspace<V>(like, 2 * values));
+  V* memory = static_cast<V*>(keep.back().mutable_data_ptr());
   keep.push_back(cuda_workspace<T>(like, images * lattice.max_chunks() * width));
-  return {values, static_cast<T*>(keep.back().mutable_data_ptr())};
+  return {lattice, memory, memory + values, static_cast<T*>(keep.back().mutable_data_ptr())};
 }
 
-// Splats the points' rows (images, points, width) onto the vertices and blurs along all axes, last
-// axis first and with the scales exchanged if `transposed`. Returns the blurred rows (images,
-// capacity, width), within `work`.
+// Splats the points' rows (images, points, width) onto the vertices of each lattice and blurs along
+// all its axes, last axis first and with the scales exchanged if `transposed`. The blurred rows
+// are the terms' `values`.
 template <typename T, typename V>
-const V* splat_and_blur(const CudaLattice<T>& lattice, int64_t images, const T* rows, int width,
-                        bool transposed, const BlurRows<T, V>& work, cudaStream_t stream);
+void splat_and_blur(std::vector<BlurTerm<T, V>>& terms, int64_t images, const T* rows, int width,
+                    bool transposed, cudaStream_t stream);
 
 // rows (images, points, width) = filtered values, gathered from blurred vertices.
 template <typename T, typename V>
@@ -262,15 +269,6 @@ template <typename Fn>
 __device__ __forceinline__ void for_each_item(int64_t count, const Fn& fn) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
-    fn(i);
-  }
-}
-
-// The same for warps: fn(i) is called by all 32 threads.
-template <typename Fn>
-__device__ __forceinline__ void for_each_warp_item(int64_t count, const Fn& fn) {
-  for (int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < count;
-       i += int64_t{gridDim.x} * (blockDim.x / 32)) {
     fn(i);
   }
 }
