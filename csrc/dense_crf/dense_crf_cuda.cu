@@ -28,7 +28,7 @@ struct Message {
   const T* weight;
   const T* after;
   const V* values;          // blurred rows
-  const T* coefficients;    // (L) or (L, L)
+  const T* coefficients;    // (width), or (L, L) if full
   int64_t distance;         // of the images' lattices, bytes
   int64_t values_distance;  // and of their values, elements
   T gain;
@@ -53,9 +53,9 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 // beliefs = soft-max(energies + messages), `energies` being negative; NaN where a lattice could not
 // be built. `lanes` threads of a warp share a point; each has kPer groups of 4 channels, few lanes
 // with several groups each because what is done once per point costs as much as a group. Grid axis
-// y counts images. Dynamic shared memory: the coefficients of each term that is not full, a row
-// of `groups` * 4; and where a term is full one row and a channel per point of the block.
-// `invalid`, if not null, becomes 1 where an energy is NaN or -inf, or all of a point are inf.
+// y counts images. Dynamic shared memory, where a term has a full matrix: for each point of the
+// block, a row of `groups` * 4 and one more, which spreads them over the banks. `invalid`, if not
+// null, becomes 1 where an energy is NaN or -inf, or all of a point are inf.
 template <typename T, typename V, int kPer>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
     update(const __grid_constant__ Messages<T, V> messages, int64_t points, int labels, int groups,
@@ -63,14 +63,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
   constexpr int kCorners = 3;  // gathered at once; simplices of 2 and 5 features have 3 and 6
   FASTSEG_DYNAMIC_SHARED(shared);
   const int width = groups * 4;
-  T* coefficients = reinterpret_cast<T*>(shared);
-  for (int t = 0; t < messages.count; ++t) {
-    if (messages.term[t].full) continue;
-    for (int c = threadIdx.x; c < width; c += kThreads) {
-      coefficients[t * width + c] = c < labels ? messages.term[t].coefficients[c] : T(0);
-    }
-  }
-  __syncthreads();
   const int64_t image = blockIdx.y;
   const T* energies = all_energies + image * points * width;
   T* beliefs = all_beliefs + image * points * width;
@@ -96,13 +88,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
     const V* values = m.values + image * m.values_distance + lane * 4;
     const T scale = failed ? kNotANumber<T> : bytes_further(m.after, shift)[point] * m.gain;
     T sum[kPer][4] = {};
-    for (int first = 0; first <= m.d && !failed; first += kCorners) {
+    for (int first = 0; first <= m.d; first += kCorners) {
       const V* from[kCorners];
       T share[kCorners];
 #pragma unroll
       for (int r = 0; r < kCorners; ++r) {  // beyond the last corner: that one, with weight 0
         const int corner = first + r <= m.d ? first + r : m.d;
-        from[r] = values + int64_t{vertex[corner]} * width;
+        const int32_t v = vertex[corner];  // read without waiting for `failed`
+        from[r] = row_of(values, failed ? 0 : v, width);
         share[r] = first + r <= m.d ? weight[corner] : T(0);
       }
 #pragma unroll
@@ -124,13 +117,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
         const int group = i * lanes + lane;
         if (group >= groups) continue;
         T factor[4];
-        load_vector(coefficients + t * width + group * 4, factor);
+        load_vector(m.coefficients + group * 4, factor);
 #pragma unroll
         for (int c = 0; c < 4; ++c) logits[i][c] += factor[c] * (sum[i][c] * scale);
       }
       continue;
     }
-    T* row = coefficients + messages.count * width + local * (width + 1);
+    T* row = reinterpret_cast<T*>(shared) + local * (width + 1);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int group = i * lanes + lane;
@@ -220,7 +213,7 @@ void launch_update(const Messages<T, V>& messages, int64_t images, int64_t point
   const int per_block = kThreads / lanes;
   bool full = false;
   for (int t = 0; t < messages.count; ++t) full |= messages.term[t].full;
-  const size_t shared = sizeof(T) * (messages.count * width + (full ? (width + 1) * per_block : 0));
+  const size_t shared = full ? sizeof(T) * (width + 1) * per_block : 0;
   auto* kernel = two ? &update<T, V, 2> : fit_three ? &update<T, V, 3> : &update<T, V, 8>;
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(points, per_block)),
                   static_cast<unsigned>(images));
@@ -281,12 +274,19 @@ void run_updates(const Terms& terms, const Tensor& unary, int64_t b, int64_t ima
     FASTSEG_CHECK(storage == terms.storage, "dense_crf: all lattices must have one storage");
     blurred.push_back(blur_term<T, V>(unary, lattice, images, width, memory));
     const Tensor& c = terms.coefficients[k];
+    const T* coefficients = c.const_data_ptr<T>();
+    if (c.dim() == 1) {
+      memory.push_back(cuda_workspace<T>(unary, width));
+      T* padded = memory.back().mutable_data_ptr<T>();
+      planes_to_rows(coefficients, 1, 1, unary.size(1), width, T(1), T(0), padded, stream);
+      coefficients = padded;
+    }
     messages.term[messages.count++] = {lattice.header,
                                        lattice.vertex,
                                        lattice.weight,
                                        lattice.after,
                                        nullptr,
-                                       c.const_data_ptr<T>(),
+                                       coefficients,
                                        lattice.distance,
                                        lattice.capacity * width,
                                        static_cast<T>(lattice_gain(lattice.d)),

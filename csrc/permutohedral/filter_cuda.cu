@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_four(V* to, const T (&from)[4]) {
 // channels, with kUnroll rows on their way at once. A vertex's only chunk goes to its row, the
 // others to `partial` (images, max_chunks, width).
 template <typename T, typename V>
-__global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 3 : 2)
     splat_chunks(const __grid_constant__ BlurTerms<T, V> terms, bool transposed, const T* all_rows,
                  int groups, int team) {
   constexpr int kUnroll = sizeof(T) == 4 ? 4 : 2;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 4 : 2)
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          if (point[u] >= 0) load_vector(mine + int64_t{point[u]} * width, row[u]);
+          if (point[u] >= 0) load_vector(row_of(mine, point[u], width), row[u]);
         }
         if (scale != nullptr) {
 #pragma unroll
@@ -161,14 +161,15 @@ __global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 3 : 2)
         side[i][s] = centre[i] < 0 ? -1 : along_first[s * lattice.capacity + centre[i]];
       }
     }
+    const V* mine = from + group * 4;
     T sum[3][4];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       T value[4] = {}, sides[2][4] = {};
-      if (centre[i] >= 0) load_four(from + int64_t{centre[i]} * width + group * 4, value);
+      if (centre[i] >= 0) load_four(row_of(mine, centre[i], width), value);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        if (side[i][s] >= 0) load_four(from + int64_t{side[i][s]} * width + group * 4, sides[s]);
+        if (side[i][s] >= 0) load_four(row_of(mine, side[i][s], width), sides[s]);
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[i][c] = value[c] + T(0.5) * (sides[0][c] + sides[1][c]);
@@ -199,7 +200,7 @@ __global__ void slice(CudaLattice<T> lattices, bool transposed, T gain, int grou
       for (int r = 0; r <= lattice.d; ++r) {
         const int64_t corner = point * (lattice.d + 1) + r;
         T row[4];
-        load_four(values + int64_t{lattice.vertex[corner]} * width + group * 4, row);
+        load_four(row_of(values, lattice.vertex[corner], width) + group * 4, row);
 #pragma unroll
         for (int c = 0; c < 4; ++c) sum[c] += lattice.weight[corner] * row[c];
       }

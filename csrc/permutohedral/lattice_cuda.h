@@ -273,6 +273,15 @@ __device__ __forceinline__ void for_each_item(int64_t count, const Fn& fn) {
   }
 }
 
+// Row i >= 0 of rows of `width` values. Unsigned, it is one instruction; in int64_t the compiler
+// joins the product with that of the image's offset, which takes ten.
+template <typename V>
+__device__ __forceinline__ const V* row_of(const V* rows, int32_t i, int width) {
+  const auto bytes = static_cast<uint32_t>(width) * static_cast<uint32_t>(sizeof(V));
+  return reinterpret_cast<const V*>(reinterpret_cast<const char*>(rows) +
+                                    uint64_t{static_cast<uint32_t>(i)} * bytes);
+}
+
 // fn(row, group) for `rows` rows of `groups` times four channels, without a division: the launch's
 // block is row_block(groups).
 inline dim3 row_block(int groups) {
