@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 3 : 2)
     splat_chunks(const __grid_constant__ BlurTerms<T, V> terms, bool transposed, const T* all_rows,
                  int groups, int team) {
   constexpr int kUnroll = sizeof(T) == 4 ? 4 : 2;
-  const BlurTerm<T, V>& term = terms.term[blockIdx.z];
+  // The last term first: the bilateral one, whose chunks are longer.
+  const BlurTerm<T, V>& term = terms.term[gridDim.z - 1 - blockIdx.z];
   const CudaLattice<T> lattice = term.lattice.image(blockIdx.y);
   const int width = groups * 4;
   const T* rows = all_rows + blockIdx.y * lattice.points * width;
@@ -72,29 +73,38 @@ __global__ void __launch_bounds__(kLatticeThreads, sizeof(T) == 4 ? 3 : 2)
          group += at_once, first += at_once) {
       const T* mine = rows + group * 4;
       T sum[4] = {};
-      for (int32_t k = group < groups ? begin + slot : end; k < end; k += kUnroll * kSlots) {
-        int32_t point[kUnroll];
-        T weight[kUnroll], row[kUnroll][4] = {};
+      int32_t point[kUnroll];
+      T weight[kUnroll];
+      const auto fetch = [&](int32_t k) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           const int32_t at = k + u * kSlots;
           point[u] = at < end ? lattice.splat_point[at] : -1;
           weight[u] = at < end ? lattice.splat_weight[at] : T(0);
         }
+      };
+      int32_t k = group < groups ? begin + slot : end;
+      fetch(k);
+      while (k < end) {
+        T row[kUnroll][4] = {}, factor[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          if (point[u] >= 0) load_vector(row_of(mine, point[u], width), row[u]);
+          factor[u] = weight[u];
+          if (point[u] < 0) continue;
+          load_vector(row_of(mine, point[u], width), row[u]);
         }
         if (scale != nullptr) {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            if (point[u] >= 0) weight[u] *= scale[point[u]];
+            if (point[u] >= 0) factor[u] *= scale[point[u]];
           }
         }
+        k += kUnroll * kSlots;
+        fetch(k);  // while the rows are on their way
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sum[c] += weight[u] * row[u][c];
+          for (int c = 0; c < 4; ++c) sum[c] += factor[u] * row[u][c];
         }
       }
       for (int bit = at_once; bit < team; bit *= 2) {
@@ -284,15 +294,17 @@ void splat_and_blur(std::vector<BlurTerm<T, V>>& terms, int64_t images, const T*
     return all;
   };
   const int64_t each = images * static_cast<int64_t>(terms.size());
-  const auto grid = [&](int64_t items, int per_block) {
-    return image_grid(lattice_blocks(items, each, per_block), images, terms.size());
+  const auto grid = [&](int64_t items, int per_block, int64_t most) {
+    return image_grid(lattice_blocks(items, each, per_block, most), images, terms.size());
   };
   int team = kSlots;
   while (team < 32 && team < kSlots * groups) team *= 2;
-  launch(splat_chunks<T, V>, grid(chunks, kLatticeThreads / team), kLatticeThreads, 0, stream,
-         argument(), transposed, rows, groups, team);
+  // Chunks are of many lengths: more blocks than fit, so that those that end early get another.
+  launch(splat_chunks<T, V>, grid(chunks, kLatticeThreads / team, 3 * kMostBlocks), kLatticeThreads,
+         0, stream, argument(), transposed, rows, groups, team);
   const dim3 block = row_block(groups);
-  launch(merge_chunks<T, V>, grid(capacity, block.y), block, 0, stream, argument(), groups);
+  launch(merge_chunks<T, V>, grid(capacity, block.y, kMostBlocks), block, 0, stream, argument(),
+         groups);
   for (int a = 0; a <= d; a += kBlurAxes) {
     for (BlurTerm<T, V>& term : terms) {
       const auto axis = [&](int i) {
@@ -301,7 +313,7 @@ void splat_and_blur(std::vector<BlurTerm<T, V>>& terms, int64_t images, const T*
       term.first = axis(a);
       term.second = axis(a + 1);
     }
-    launch(blur<T, V>, grid(capacity, block.y), block, 0, stream, argument(), groups);
+    launch(blur<T, V>, grid(capacity, block.y, kMostBlocks), block, 0, stream, argument(), groups);
     for (BlurTerm<T, V>& term : terms) {
       if (term.first >= 0) std::swap(term.values, term.spare);
     }

@@ -257,11 +257,12 @@ constexpr int kLatticeThreads = 256;
 // them with nothing to do, cost more than the work of one image (1.5 us for 4224 blocks).
 constexpr int64_t kMostBlocks = 132 * 8;
 
-// Blocks of one image.
-inline unsigned lattice_blocks(int64_t items, int64_t images = 1, int per_block = kLatticeThreads) {
-  const int64_t most = std::max<int64_t>(132, kMostBlocks / images);
+// Blocks of one image, of about `most` in all.
+inline unsigned lattice_blocks(int64_t items, int64_t images = 1, int per_block = kLatticeThreads,
+                               int64_t most = kMostBlocks) {
+  const int64_t share = std::max(ceil_div<int64_t>(most, images), most / 8);
   return static_cast<unsigned>(
-      std::max<int64_t>(1, std::min(most, ceil_div<int64_t>(items, per_block))));
+      std::max<int64_t>(1, std::min(share, ceil_div<int64_t>(items, per_block))));
 }
 
 // fn(i) for each i < count, the threads of grid axis x one after another.
