@@ -1,7 +1,8 @@
 // The large separable kernel of GCN on CUDA. Both first convolutions are one matrix product: P =
 // X W has, for every pixel, the tap form of gcn_conv.h, and reads X once. A second kernel adds P's
-// shifted slices, keeps what it needs of the middle maps in shared memory, and convolves them
-// there. One block makes a square of the output; its left and right half make a branch each.
+// shifted slices, each of which it reads once as well, to the middle maps, which the backward needs
+// anyway. A third convolves those: one block makes a square of the output; its left and right half
+// make a branch each.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -23,7 +24,8 @@ constexpr int kTapsOnce = 24;  // taps of the second stage that a block does at 
 constexpr int kThreads = 256;
 constexpr int kHalf = kThreads / 2;          // threads of a branch
 constexpr int kSumStride = kOutputs + 1;     // of a pixel in the sums that the branches exchange
-constexpr int64_t kTapFormBytes = 32 << 20;  // of P at a time: it stays in the L2 cache
+constexpr int kLoads = 8;                    // of a thread before it uses the first
+constexpr int64_t kTapFormBytes = 48 << 20;  // of P at a time: it stays in the L2 cache
 
 // bfloat16 would round P more coarsely than a convolution rounds its result.
 template <typename T>
@@ -66,8 +68,16 @@ __global__ void pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, in
                              acc* second) {
   const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
   for_each_in_rows(2, K, static_cast<int>(g.C), [&](int64_t branch, int k, int c) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      first[((branch * taps + tap) * K + k) * g.C + c] = stages.first[branch].at(k, c, tap);
+    for (int tap = 0; tap < taps; tap += kLoads) {  // a store would hold up the loads behind it
+      T values[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (tap + i < taps) values[i] = stages.first[branch].at(k, c, tap + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (tap + i < taps) first[((branch * taps + tap + i) * K + k) * g.C + c] = values[i];
+      }
     }
     if (branch > 0) return;
     for (int64_t row = g.columns() + k; row < columns; row += K) first[row * g.C + c] = T(0.f);
@@ -161,14 +171,66 @@ struct PlainSums {
   }
 };
 
-// Grid: tiles of an image, output channels by kOutputs, images. `tap_form` has `columns` values for
-// each pixel of these images.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    shift_add(GlobalConv g, Stages<T> stages, int64_t columns, int padded,
-              const TapForm<T>* tap_form, const typename Accumulate<T>::type* second, T* y,
-              typename Accumulate<T>::type* left, typename Accumulate<T>::type* right) {
+// The middle map of a branch, kDown for the first one, whose first stage runs down the columns.
+template <typename T, bool kDown>
+__device__ __forceinline__ void add_slices(const GlobalConv& g, int lines, const Stage<T>& first,
+                                           int64_t columns, const TapForm<T>* tap_form,
+                                           typename Accumulate<T>::type* map) {
   using acc = typename Accumulate<T>::type;
+  const int H = static_cast<int>(g.H), W = static_cast<int>(g.W), K = static_cast<int>(g.K);
+  const int taps = static_cast<int>(g.taps), reach = taps / 2, end = kDown ? H : W;
+  const int item = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (item >= W * K) return;
+  const int x = item / K, k = item % K;
+  const acc bias = first.template bias_of<acc>(k);
+  const int64_t next = (kDown ? W : 1) * columns, step = next + K;  // of pixel, of tap
+  for (int line = static_cast<int>(blockIdx.y); line < lines; line += gridDim.y) {
+    const int center = kDown ? line % H : x;
+    const int from = reach - center > 0 ? reach - center : 0;
+    const int to = end + reach - center < taps ? end + reach - center : taps;
+    const TapForm<T>* p = tap_form + (int64_t{line} * W + x) * columns + (kDown ? 0 : taps * K) + k;
+    p += from * step - reach * next;
+    acc value = bias;
+#pragma unroll 1
+    for (int tap = from; tap < to; tap += kLoads, p += kLoads * step) {
+      TapForm<T> values[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        values[i] = TapForm<T>(0);
+        if (tap + i < to) values[i] = p[i * step];
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) value += static_cast<acc>(values[i]);
+    }
+    map[int64_t{line} * W * K + item] = value;
+  }
+}
+
+// The middle maps of `lines` rows of images, whose pixels have `columns` values in `tap_form`.
+// Grid: values of a row, rows, branches.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    shift_add(GlobalConv g, int lines, Stages<T> stages, int64_t columns,
+              const TapForm<T>* tap_form, typename Accumulate<T>::type* left,
+              typename Accumulate<T>::type* right) {
+  if (blockIdx.z == 0) {
+    add_slices<T, true>(g, lines, stages.first[0], columns, tap_form, left);
+  } else {
+    add_slices<T, false>(g, lines, stages.first[1], columns, tap_form, right);
+  }
+}
+
+// Grid: tiles of an image, output channels by kOutputs, images.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kTensorCores<T> ? 3 : 2)
+    second_stage(GlobalConv g, Stages<T> stages, int padded,
+                 const typename Accumulate<T>::type* left,
+                 const typename Accumulate<T>::type* right,
+                 const typename Accumulate<T>::type* second, T* y) {
+  using acc = typename Accumulate<T>::type;
+  constexpr int kRows = kThreads / kDepth<acc>;  // threads with the same channel
+  static_assert(kRows % kTile == 0);
+  constexpr int kEach = kLoads / 2;  // loads of a branch
   FASTSEG_DYNAMIC_SHARED(shared);
   acc* middle = reinterpret_cast<acc*>(shared);
   const int H = static_cast<int>(g.H), W = static_cast<int>(g.W), K = static_cast<int>(g.K);
@@ -176,11 +238,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int tile_cols = ceil_div(W, kTile), tile = static_cast<int>(blockIdx.x);
   const int y0 = tile / tile_cols * kTile, x0 = tile % tile_cols * kTile;
   const int n0 = static_cast<int>(blockIdx.y) * kOutputs;
-  const int64_t image = int64_t{blockIdx.z} * H * W;  // its first pixel
   const int thread = static_cast<int>(threadIdx.x);
   const int own = thread / kHalf;  // this thread's branch
   std::conditional_t<kTensorCores<T>, TensorSums, PlainSums<acc>> sums(thread % kHalf);
 
+  const int64_t image = int64_t{blockIdx.z} * H * W;  // its first pixel
   for (int k0 = 0; k0 < K; k0 += kDepth<acc>) {
     const int depth = padded - k0 < kDepth<acc> ? padded - k0 : kDepth<acc>;
     const int stride = depth + 4;  // puts neighbouring pixels into different banks
@@ -188,31 +250,30 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int count = taps - t0 < kTapsOnce ? taps - t0 : kTapsOnce;
       const int width = kTile + count - 1, size = kTile * width;
       __syncthreads();  // the last product has read its strips
-      for (int item = thread; item < 2 * size * depth; item += kThreads) {
-        const int c = item % depth, pixel = item / depth;
-        const int branch = pixel >= size, at = pixel - branch * size;
-        const int line = branch == 0 ? at / width : at % kTile;
-        const int along = (branch == 0 ? at % width : at / kTile) + t0 - reach;
-        const int py = y0 + (branch == 0 ? line : along), px = x0 + (branch == 0 ? along : line);
-        acc value = 0;
-        if (k0 + c < K && py >= 0 && py < H && px >= 0 && px < W) {
-          // The first stage runs across: branch 0 down the column, branch 1 along the row.
-          const int center = branch == 0 ? py : px, end = branch == 0 ? H : W;
-          const int from = reach - center > 0 ? reach - center : 0;
-          const int to = end + reach - center < taps ? end + reach - center : taps;
-          const int64_t step = (branch == 0 ? W : 1) * columns + K;
-          const int64_t at_pixel = image + int64_t{py} * W + px;
-          const TapForm<T>* p = tap_form + at_pixel * columns + int64_t{branch} * taps * K + k0 + c;
-          p -= reach * (step - K);
-          value = stages.first[branch].template bias_of<acc>(k0 + c);
-#pragma unroll 5
-          for (int t = from; t < to; ++t) value += static_cast<acc>(p[t * step]);
-          if (n0 == 0 && along >= 0 && along < kTile) {
-            (branch == 0 ? left : right)[at_pixel * K + k0 + c] = value;
+      const int c = thread % kDepth<acc>, line = thread / kDepth<acc> % kTile;
+      for (int first = thread / kDepth<acc> / kTile; first < width;
+           first += kEach * kRows / kTile) {
+        acc values[2][kEach];
+#pragma unroll
+        for (int i = 0; i < 2 * kEach; ++i) {
+          const int branch = i / kEach, at = first + i % kEach * (kRows / kTile);
+          const int py = y0 + (branch == 0 ? line : at + t0 - reach);
+          const int px = x0 + (branch == 0 ? at + t0 - reach : line);
+          const acc* map = branch == 0 ? left : right;
+          acc& value = values[branch][i % kEach];
+          value = 0;
+          if (k0 + c < K && c < depth && at < width && py >= 0 && py < H && px >= 0 && px < W) {
+            value = map[(image + int64_t{py} * W + px) * K + k0 + c];
           }
         }
-        if constexpr (kTensorCores<T>) value = __uint_as_float(to_tf32(value));
-        middle[pixel * stride + c] = value;
+#pragma unroll
+        for (int i = 0; i < 2 * kEach; ++i) {
+          const int branch = i / kEach, at = first + i % kEach * (kRows / kTile);
+          const int pixel = branch == 0 ? line * width + at : size + at * kTile + line;
+          acc value = values[branch][i % kEach];
+          if constexpr (kTensorCores<T>) value = __uint_as_float(to_tf32(value));
+          if (c < depth && at < width) middle[pixel * stride + c] = value;
+        }
       }
       __syncthreads();
       const int down = own == 0 ? width : kTile, tap = own == 0 ? 1 : kTile;  // in pixels
@@ -337,23 +398,27 @@ std::tuple<Tensor, Tensor, Tensor> gcn_conv_cuda(const Tensor& x, const Tensor& 
     const int64_t size = g.H * g.W;
     const int64_t images = std::clamp<int64_t>(
         kTapFormBytes / (size * columns * static_cast<int64_t>(sizeof(TapForm<T>))), 1, 65535);
-    const int width = kTile + static_cast<int>(std::min<int64_t>(g.taps, kTapsOnce)) - 1;
-    const int strips = 2 * kTile * width * (std::min(padded, kDepth<acc>) + 4);
-    const size_t shared = std::max(strips, kTile * kTile * kSumStride) * sizeof(acc);
-    const int64_t tiles = ceil_div<int64_t>(g.H, kTile) * ceil_div<int64_t>(g.W, kTile);
     for (int64_t n = 0; n < g.N; n += images) {
       const int64_t count = std::min(images, g.N - n), at = n * size * g.K;
       const Tensor some =
           torch::stable::narrow(const_cast<Tensor&>(pixels), 0, n * size, count * size);
       const Tensor tap_form = product<T>(some, first);
-      const dim3 grid(static_cast<unsigned>(tiles),
-                      static_cast<unsigned>(ceil_div<int64_t>(g.K, kOutputs)),
-                      static_cast<unsigned>(count));
-      launch(shift_add<T>, grid, dim3(kThreads), shared, stream, g, stages, columns, padded,
-             tap_form.const_data_ptr<TapForm<T>>(), second.const_data_ptr<acc>(),
-             y.mutable_data_ptr<T>() + at, left.mutable_data_ptr<acc>() + at,
-             right.mutable_data_ptr<acc>() + at);
+      const dim3 values(static_cast<unsigned>(ceil_div<int64_t>(g.W * g.K, kThreads)),
+                        static_cast<unsigned>(std::min<int64_t>(count * g.H, 65535)), 2);
+      launch(shift_add<T>, values, dim3(kThreads), 0, stream, g, static_cast<int>(count * g.H),
+             stages, columns, tap_form.const_data_ptr<TapForm<T>>(),
+             left.mutable_data_ptr<acc>() + at, right.mutable_data_ptr<acc>() + at);
     }
+
+    const int width = kTile + static_cast<int>(std::min<int64_t>(g.taps, kTapsOnce)) - 1;
+    const int strips = 2 * kTile * width * (std::min(padded, kDepth<acc>) + 4);
+    const size_t shared = std::max(strips, kTile * kTile * kSumStride) * sizeof(acc);
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div<int64_t>(g.H, kTile) * ceil_div<int64_t>(g.W, kTile)),
+        static_cast<unsigned>(ceil_div<int64_t>(g.K, kOutputs)), static_cast<unsigned>(g.N));
+    launch(second_stage<T>, grid, dim3(kThreads), shared, stream, g, stages, padded,
+           left.const_data_ptr<acc>(), right.const_data_ptr<acc>(), second.const_data_ptr<acc>(),
+           y.mutable_data_ptr<T>());
   });
   return {y, left, right};
 }
