@@ -25,6 +25,8 @@ constexpr int kThreads = 256;
 constexpr int kHalf = kThreads / 2;          // threads of a branch
 constexpr int kSumStride = kOutputs + 1;     // of a pixel in the sums that the branches exchange
 constexpr int kLoads = 8;                    // of a thread before it uses the first
+constexpr int kSlices = 5;                   // the same of slices: all of 15 taps but at the edges
+constexpr int kShiftAddBlocks = 8 * 132;     // at most: all at once
 constexpr int64_t kTapFormBytes = 48 << 20;  // of P at a time: it stays in the L2 cache
 
 // bfloat16 would round P more coarsely than a convolution rounds its result.
@@ -191,17 +193,21 @@ __device__ __forceinline__ void add_slices(const GlobalConv& g, int lines, const
     const TapForm<T>* p = tap_form + (int64_t{line} * W + x) * columns + (kDown ? 0 : taps * K) + k;
     p += from * step - reach * next;
     acc value = bias;
-#pragma unroll 1
-    for (int tap = from; tap < to; tap += kLoads, p += kLoads * step) {
-      TapForm<T> values[kLoads];
+    const auto add = [&](int count) {
+      TapForm<T> values[kSlices];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kSlices; ++i) {
         values[i] = TapForm<T>(0);
-        if (tap + i < to) values[i] = p[i * step];
+        if (i < count) values[i] = p[i * step];
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) value += static_cast<acc>(values[i]);
-    }
+      for (int i = 0; i < kSlices; ++i) value += static_cast<acc>(values[i]);
+      p += kSlices * step;
+    };
+    int left = to - from;
+#pragma unroll 1
+    for (; left >= kSlices; left -= kSlices) add(kSlices);
+    if (left > 0) add(left);
     map[int64_t{line} * W * K + item] = value;
   }
 }
@@ -403,11 +409,12 @@ std::tuple<Tensor, Tensor, Tensor> gcn_conv_cuda(const Tensor& x, const Tensor& 
       const Tensor some =
           torch::stable::narrow(const_cast<Tensor&>(pixels), 0, n * size, count * size);
       const Tensor tap_form = product<T>(some, first);
-      const dim3 values(static_cast<unsigned>(ceil_div<int64_t>(g.W * g.K, kThreads)),
-                        static_cast<unsigned>(std::min<int64_t>(count * g.H, 65535)), 2);
-      launch(shift_add<T>, values, dim3(kThreads), 0, stream, g, static_cast<int>(count * g.H),
-             stages, columns, tap_form.const_data_ptr<TapForm<T>>(),
-             left.mutable_data_ptr<acc>() + at, right.mutable_data_ptr<acc>() + at);
+      const int64_t blocks = ceil_div<int64_t>(g.W * g.K, kThreads), lines = count * g.H;
+      const int64_t rows = std::min(lines, std::max<int64_t>(kShiftAddBlocks / (2 * blocks), 1));
+      const dim3 values(static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 2);
+      launch(shift_add<T>, values, dim3(kThreads), 0, stream, g, static_cast<int>(lines), stages,
+             columns, tap_form.const_data_ptr<TapForm<T>>(), left.mutable_data_ptr<acc>() + at,
+             right.mutable_data_ptr<acc>() + at);
     }
 
     const int width = kTile + static_cast<int>(std::min<int64_t>(g.taps, kTapsOnce)) - 1;
