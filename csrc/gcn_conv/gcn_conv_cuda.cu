@@ -25,6 +25,7 @@ constexpr int kThreads = 256;
 constexpr int kHalf = kThreads / 2;          // threads of a branch
 constexpr int kSumStride = kOutputs + 1;     // of a pixel in the sums that the branches exchange
 constexpr int kLoads = 8;                    // of a thread before it uses the first
+constexpr int kStrip = 11;                   // the same of a strip: half of one for 15 taps
 constexpr int kSlices = 5;                   // the same of slices: all of 15 taps but at the edges
 constexpr int kShiftAddBlocks = 8 * 132;     // at most: all at once
 constexpr int64_t kTapFormBytes = 48 << 20;  // of P at a time: it stays in the L2 cache
@@ -63,34 +64,6 @@ struct Stages {
   Stage<T> first[2], second[2];  // of the branches: l1 and r1, l2 and r2
 };
 
-// Weights as the products read them: `first`, a row of C for each column of the tap form and zero
-// rows up to `columns`; `second`, [branch][tap][middle channel][output], both of `padded` channels.
-template <typename T, typename acc>
-__global__ void pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
-                             acc* second) {
-  const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
-  for_each_in_rows(2, K, static_cast<int>(g.C), [&](int64_t branch, int k, int c) {
-    for (int tap = 0; tap < taps; tap += kLoads) {  // a store would hold up the loads behind it
-      T values[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (tap + i < taps) values[i] = stages.first[branch].at(k, c, tap + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (tap + i < taps) first[((branch * taps + tap + i) * K + k) * g.C + c] = values[i];
-      }
-    }
-    if (branch > 0) return;
-    for (int64_t row = g.columns() + k; row < columns; row += K) first[row * g.C + c] = T(0.f);
-  });
-  for_each_in_rows(2 * taps, padded, padded, [&](int64_t at, int c, int k) {
-    const bool real = k < K && c < K;
-    second[(at * padded + c) * padded + k] =
-        real ? static_cast<acc>(stages.second[at / taps].at(k, c, at % taps)) : acc(0);
-  });
-}
-
 // What one thread sums: 16 values of the tile. add() adds one tap: `from` is the middle pixel that
 // meets the tile's first, `down` and `right` are the elements between neighbours there, `depth` the
 // middle channels, `weight_step` the elements between the weights of two of them.
@@ -114,18 +87,29 @@ struct TensorSums {
     }
   }
 
+  // Of the weight of middle channel c and output k: a lane's two values of the product of eight
+  // channels and eight outputs are neighbours, and the lanes follow each other.
+  static __device__ int weight_at(int c, int k, int padded) {
+    return c / 8 * 8 * padded + k / 8 * 64 + (k % 8 * 4 + c % 4) * 2 + c % 8 / 4;
+  }
+
   __device__ void add(const float* from, int down, int right, int depth, const float* weight,
                       int64_t weight_step, int outputs) {
     const float* at = from + row * down + col * right + pair;
-    weight += pair * weight_step + col;
-    for (int k = 0; k < depth; k += 8) {
-      const uint32_t a[4] = {__float_as_uint(at[k]), __float_as_uint(at[down + k]),
-                             __float_as_uint(at[k + 4]), __float_as_uint(at[down + k + 4])};
-      const float *w0 = weight + k * weight_step, *w1 = w0 + 4 * weight_step;
+    weight += (col * 4 + pair) * 2;
+#pragma unroll 3
+    for (int k = 0; k < depth; k += 8, at += 8, weight += 8 * weight_step) {
+      const uint32_t a[4] = {__float_as_uint(at[0]), __float_as_uint(at[down]),
+                             __float_as_uint(at[4]), __float_as_uint(at[down + 4])};
+      float w[kOutputs / 8][2];
+#pragma unroll
+      for (int j = 0; j < kOutputs / 8; ++j) {
+        if (j * 8 < outputs) load_vector(weight + j * 64, w[j]);
+      }
 #pragma unroll
       for (int j = 0; j < kOutputs / 8; ++j) {
         if (j * 8 < outputs) {
-          mma_m16n8k8_tf32(values[j], a, __float_as_uint(w0[j * 8]), __float_as_uint(w1[j * 8]));
+          mma_m16n8k8_tf32(values[j], a, __float_as_uint(w[j][0]), __float_as_uint(w[j][1]));
         }
       }
     }
@@ -172,6 +156,36 @@ struct PlainSums {
     }
   }
 };
+
+// Weights as the products read them: `first`, a row of C for each column of the tap form and zero
+// rows up to `columns`; `second`, [branch][tap][middle channel][output], both of `padded` channels,
+// for tensor cores in the order of TensorSums.
+template <typename T, typename acc>
+__global__ void pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
+                             acc* second) {
+  const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
+  for_each_in_rows(2, K, static_cast<int>(g.C), [&](int64_t branch, int k, int c) {
+    for (int tap = 0; tap < taps; tap += kLoads) {  // a store would hold up the loads behind it
+      T values[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (tap + i < taps) values[i] = stages.first[branch].at(k, c, tap + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (tap + i < taps) first[((branch * taps + tap + i) * K + k) * g.C + c] = values[i];
+      }
+    }
+    if (branch > 0) return;
+    for (int64_t row = g.columns() + k; row < columns; row += K) first[row * g.C + c] = T(0.f);
+  });
+  for_each_in_rows(2 * taps, padded, padded, [&](int64_t at, int c, int k) {
+    const bool real = k < K && c < K;
+    int64_t to = (at * padded + c) * padded + k;
+    if constexpr (kTensorCores<T>) to = at * padded * padded + TensorSums::weight_at(c, k, padded);
+    second[to] = real ? static_cast<acc>(stages.second[at / taps].at(k, c, at % taps)) : acc(0);
+  });
+}
 
 // The middle map of a branch, kDown for the first one, whose first stage runs down the columns.
 template <typename T, bool kDown>
@@ -236,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kTensorCores<T> ? 3 : 2)
   using acc = typename Accumulate<T>::type;
   constexpr int kRows = kThreads / kDepth<acc>;  // threads with the same channel
   static_assert(kRows % kTile == 0);
-  constexpr int kEach = kLoads / 2;  // loads of a branch
+  constexpr int kStep = kRows / kTile;  // pixels of a line between those of a thread
   FASTSEG_DYNAMIC_SHARED(shared);
   acc* middle = reinterpret_cast<acc*>(shared);
   const int H = static_cast<int>(g.H), W = static_cast<int>(g.W), K = static_cast<int>(g.K);
@@ -257,34 +271,36 @@ __global__ void __launch_bounds__(kThreads, kTensorCores<T> ? 3 : 2)
       const int width = kTile + count - 1, size = kTile * width;
       __syncthreads();  // the last product has read its strips
       const int c = thread % kDepth<acc>, line = thread / kDepth<acc> % kTile;
-      for (int first = thread / kDepth<acc> / kTile; first < width;
-           first += kEach * kRows / kTile) {
-        acc values[2][kEach];
+      // Pixels of a strip from the image's `before`, `step` elements from each other.
+      const auto fill = [&](const acc* map, bool inside, int before, int size, int64_t step,
+                            acc* to, int to_step) {
+        if (c >= depth) return;
+        const int begin = before < 0 ? -before : 0, end = inside && k0 + c < K ? size - before : 0;
+        for (int at = thread / kDepth<acc> / kTile; at < width; at += kStrip * kStep) {
+          acc some[kStrip];
 #pragma unroll
-        for (int i = 0; i < 2 * kEach; ++i) {
-          const int branch = i / kEach, at = first + i % kEach * (kRows / kTile);
-          const int py = y0 + (branch == 0 ? line : at + t0 - reach);
-          const int px = x0 + (branch == 0 ? at + t0 - reach : line);
-          const acc* map = branch == 0 ? left : right;
-          acc& value = values[branch][i % kEach];
-          value = 0;
-          if (k0 + c < K && c < depth && at < width && py >= 0 && py < H && px >= 0 && px < W) {
-            value = map[(image + int64_t{py} * W + px) * K + k0 + c];
+          for (int i = 0; i < kStrip; ++i) {
+            const int pixel = at + i * kStep;
+            some[i] = 0;
+            if (pixel >= begin && pixel < end && pixel < width) some[i] = map[pixel * step];
+          }
+#pragma unroll
+          for (int i = 0; i < kStrip; ++i) {
+            if constexpr (kTensorCores<T>) some[i] = __uint_as_float(to_tf32(some[i]));
+            if (at + i * kStep < width) to[(at + i * kStep) * to_step] = some[i];
           }
         }
-#pragma unroll
-        for (int i = 0; i < 2 * kEach; ++i) {
-          const int branch = i / kEach, at = first + i % kEach * (kRows / kTile);
-          const int pixel = branch == 0 ? line * width + at : size + at * kTile + line;
-          acc value = values[branch][i % kEach];
-          if constexpr (kTensorCores<T>) value = __uint_as_float(to_tf32(value));
-          if (c < depth && at < width) middle[pixel * stride + c] = value;
-        }
-      }
+      };
+      const int before_x = x0 + t0 - reach, before_y = y0 + t0 - reach;
+      fill(left + (image + int64_t{y0 + line} * W + before_x) * K + k0 + c, y0 + line < H, before_x,
+           W, K, middle + line * width * stride + c, stride);
+      fill(right + (image + int64_t{before_y} * W + x0 + line) * K + k0 + c, x0 + line < W,
+           before_y, H, int64_t{W} * K, middle + (size + line) * stride + c, kTile * stride);
       __syncthreads();
       const int down = own == 0 ? width : kTile, tap = own == 0 ? 1 : kTile;  // in pixels
       for (int t = 0; t < count; ++t) {
-        const acc* weight = second + ((int64_t{own} * taps + t0 + t) * padded + k0) * padded + n0;
+        const acc* weight = second + ((int64_t{own} * taps + t0 + t) * padded + k0) * padded +
+                            n0 * (kTensorCores<T> ? 8 : 1);
         sums.add(middle + (own * size + t * tap) * stride, down * stride, stride, depth, weight,
                  padded, K - n0);
       }
@@ -301,13 +317,14 @@ __global__ void __launch_bounds__(kThreads, kTensorCores<T> ? 3 : 2)
     }
     __syncthreads();
   }
-  const int outputs = K - n0 < kOutputs ? K - n0 : kOutputs;
-  for (int item = thread; item < kTile * kTile * outputs; item += kThreads) {
-    const int pixel = item / outputs, k = item % outputs;
+  const int k = thread % kOutputs;
+  if (n0 + k >= K) return;
+  const acc bias = stages.second[0].template bias_of<acc>(n0 + k) +
+                   stages.second[1].template bias_of<acc>(n0 + k);
+#pragma unroll
+  for (int pixel = thread / kOutputs; pixel < kTile * kTile; pixel += kThreads / kOutputs) {
     const int py = y0 + pixel / kTile, px = x0 + pixel % kTile;
     if (py >= H || px >= W) continue;
-    const acc bias = stages.second[0].template bias_of<acc>(n0 + k) +
-                     stages.second[1].template bias_of<acc>(n0 + k);
     y[(image + int64_t{py} * W + px) * K + n0 + k] =
         static_cast<T>(middle[pixel * kSumStride + k] + bias);
   }
