@@ -232,6 +232,26 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (own < layout.C) partials[blockIdx.y * layout.C + own] = total;
 }
 
+// fn(part) for this thread's share of the slices (slices, C) of channel c, in threads (kWidth, 32).
+// Eight are loaded together, with zeros for those that do not exist.
+template <typename Part, typename Fn>
+__device__ __forceinline__ void for_each_slice(int64_t c, int64_t C, int slices,
+                                               const Part* partials, const Fn& fn) {
+  constexpr int kTogether = 8, kStep = kThreads / kWidth;
+  if (c >= C) return;
+#pragma unroll 1
+  for (int first = threadIdx.y; first < slices; first += kTogether * kStep) {
+    Part parts[kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int s = first + i * kStep;
+      if (s < slices) parts[i] = partials[s * C + c];
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) fn(parts[i]);
+  }
+}
+
 // Threads (kWidth, 32) have kWidth channels: merges their slices; writes mean and biased variance.
 // `y` is null for moments of values that are not centred.
 template <typename T, typename acc>
@@ -241,13 +261,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = int64_t{blockIdx.x} * kWidth + threadIdx.x;
   const double shift = c < layout.C ? partials[c].mean : 0;
   ShiftedMoments mine[1] = {}, total;
-#pragma unroll 8
-  for (int s = threadIdx.y; s < slices; s += kThreads / kWidth) {
-    if (c >= layout.C) break;
-    const Moments<acc> part = partials[s * layout.C + c];
+  for_each_slice(c, layout.C, slices, partials, [&](const Moments<acc>& part) {
     const double delta = part.mean - shift, weighted = part.n * delta;
     mine[0].merge({part.n, weighted, part.m2 + weighted * delta});
-  }
+  });
   if (!reduce_block(mine, kWidth, total) || c >= layout.C) return;
   const double delta = total.sum / total.n;
   mean[c] = static_cast<acc>((y ? centre(layout, y, c) : acc(0)) + shift + delta);
@@ -391,12 +408,8 @@ __global__ void __launch_bounds__(kThreads)
                acc* sums, acc* dweight, acc* dshift, acc* count) {
   const int64_t c = int64_t{blockIdx.x} * kWidth + threadIdx.x;
   Sums<double> mine[1] = {}, total;
-#pragma unroll 8
-  for (int s = threadIdx.y; s < slices; s += kThreads / kWidth) {
-    if (c >= C) break;
-    const Sums<acc> part = partials[s * C + c];
-    mine[0].merge({part.g, part.gc});
-  }
+  for_each_slice(c, C, slices, partials,
+                 [&](const Sums<acc>& part) { mine[0].merge({part.g, part.gc}); });
   if (!reduce_block(mine, kWidth, total) || c >= C) return;
   sums[c] = static_cast<acc>(total.g);
   sums[C + c] = static_cast<acc>(total.gc);

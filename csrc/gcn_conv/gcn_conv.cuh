@@ -151,30 +151,38 @@ struct PlainSums {
 // rows up to `columns`; `second`, [branch][tap][middle channel][output], both of `padded` channels,
 // for tensor cores in the order of TensorSums.
 template <typename T, typename acc>
-__global__ void pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
-                             acc* second) {
+__global__ void __launch_bounds__(kThreads, 3)
+    pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
+                 acc* second) {
   const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
-  for_each_in_rows(2, K, static_cast<int>(g.C), [&](int64_t branch, int k, int c) {
-    for (int tap = 0; tap < taps; tap += kLoads) {  // a store would hold up the loads behind it
-      T values[kLoads];
+  const int groups = ceil_div(taps, kLoads);  // of taps: a store would hold up the loads behind it
+  for_each_in_rows(2 * groups, K, static_cast<int>(g.C), [&](int64_t part, int k, int c) {
+    const int branch = static_cast<int>(part) / groups;
+    const int tap = static_cast<int>(part) % groups * kLoads;
+    T values[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (tap + i < taps) values[i] = stages.first[branch].at(k, c, tap + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (tap + i < taps) first[((branch * taps + tap + i) * K + k) * g.C + c] = values[i];
-      }
+    for (int i = 0; i < kLoads; ++i) {
+      if (tap + i < taps) values[i] = stages.first[branch].at(k, c, tap + i);
     }
-    if (branch > 0) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (tap + i < taps) first[(int64_t{branch * taps + tap + i} * K + k) * g.C + c] = values[i];
+    }
+    if (part > 0) return;
     for (int64_t row = g.columns() + k; row < columns; row += K) first[row * g.C + c] = T(0.f);
   });
-  for_each_in_rows(2 * taps, padded, padded, [&](int64_t at, int c, int k) {
+  // 32 bits: 2^32 of these weights would be 16 GB.
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned step = gridDim.z * gridDim.y * gridDim.x * kThreads, row = padded;
+  for (unsigned item = block * kThreads + threadIdx.y * blockDim.x + threadIdx.x;
+       item < 2 * taps * row * row; item += step) {
+    const int at = item / (row * row);  // branch and tap
+    const int c = item / row % row, k = item % row;
+    unsigned to = item;
+    if constexpr (kTensorCores<T>) to = at * row * row + TensorSums::weight_at(c, k, padded);
     const bool real = k < K && c < K;
-    int64_t to = (at * padded + c) * padded + k;
-    if constexpr (kTensorCores<T>) to = at * padded * padded + TensorSums::weight_at(c, k, padded);
     second[to] = real ? static_cast<acc>(stages.second[at / taps].at(k, c, at % taps)) : acc(0);
-  });
+  }
 }
 
 // The middle map of a branch, kDown for the first one, whose first stage runs down the columns.

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> gcn_conv_cuda(const Tensor& x, const Tensor& 
     const int padded = static_cast<int>(ceil_div<int64_t>(g.K, 8) * 8);
     const Tensor first = torch::stable::new_empty(x, {columns, g.C});
     const Tensor second = torch::stable::new_empty(x, {2 * g.taps * padded * padded}, acc_type);
-    const RowGrid rows(2 * g.taps, std::max<int64_t>(g.K, padded), std::max<int64_t>(g.C, padded));
+    const RowGrid rows(2 * ceil_div<int64_t>(g.taps, kLoads), g.K, std::max<int64_t>(g.C, 1));
     launch(pack_weights<T, acc>, rows.grid, rows.block, 0, stream, g, stages, columns, padded,
            first.mutable_data_ptr<T>(), second.mutable_data_ptr<acc>());
 
