@@ -48,8 +48,9 @@ def nhwc(*shape: int) -> Tensor:
 
 
 def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Without its own graphs: every variant is captured by the table."""
-    return torch.compile(fn, mode="max-autotune-no-cudagraphs")
+    """Without its own graphs: every variant is captured by the table. Not max-autotune, which takes
+    minutes for a network and leaves dilated convolutions to cuDNN as well."""
+    return torch.compile(fn)
 
 
 def chosen(convolution: str, fn: Call) -> Call:

@@ -70,7 +70,9 @@ run 40 "$PYTHON" -m pytest -q tests/cuda_emulation -k on_cuda
 step "the tests on CUDA"
 workers=() # for what torch.compile needs on the host; with pytest-xdist
 "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-run 90 "$PYTHON" -m pytest -q tests/ops tests/nn -k cuda --poison "${workers[@]}"
+run 90 "$PYTHON" -m pytest -q tests/ops tests/nn tests/models/test_cuda.py -k cuda --poison "${workers[@]}"
+# Small layers are cuDNN's unless ours are asked for.
+run 60 env FASTSEG_CONV=own "$PYTHON" -m pytest -q tests/ops/test_conv_{bn,branches}.py -k cuda --poison "${workers[@]}"
 
 step "compute-sanitizer"
 if have compute-sanitizer; then

@@ -30,7 +30,7 @@ ALL_ARCHS = "80;86;89;90a;100;120"
 REQUIRED = {
     r"conv_forward<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
     r"conv_weight_gradient<": ("HMMA", "LDGSTS", "LDSM", "STG.E.128"),
-    r"shift_add<(BFloat16|Half)": ("HMMA",),
+    r"second_stage<(BFloat16|Half)": ("HMMA",),
     r"(normalize|backward_apply)<\w+, true": ("LDG.E.128", "STG.E.128"),
     r"(backward_reduce|moments_kernel)<\w+, true": ("LDG.E.128",),
 }

@@ -27,22 +27,23 @@ struct Pass {
   explicit Pass(const DenseLayout& l, const Pointers*... pointers) {
     const int64_t groups = ceil_div<int64_t>(l.C, kCount<T>);
     unsigned width = 1;  // channels last: threads of a block side by side over channels
-    while (width < kThreads && width < groups) width *= 2;
+    while (width < kWidth && width < groups) width *= 2;
     block = l.channels_last ? dim3(width, kThreads / width) : dim3(kThreads);
     const int64_t channel_blocks = l.channels_last ? ceil_div<int64_t>(groups, width) : l.C;
     const int64_t positions =
         l.channels_last ? l.N * l.HW : l.N * ceil_div<int64_t>(l.HW, kCount<T>);
     const int64_t useful = positions / (kLeastPositions * (l.channels_last ? block.y : block.x));
-    const int64_t wanted = ceil_div<int64_t>(kBlocks, channel_blocks);
+    // Channels last: all blocks at once, as the sums of a block cost it more than a channel's do.
+    const int64_t wanted = (l.channels_last ? kBlocks : 4 * kBlocks) / channel_blocks;
     slices = static_cast<int>(std::max<int64_t>(1, std::min(wanted, useful)));
     grid = dim3(static_cast<unsigned>(channel_blocks), slices);
     whole = (l.channels_last ? l.C : l.HW) % kCount<T> == 0 && aligned_16(pointers...);
   }
 };
 
-// For kernels of kThreads threads (32, 8) that have 32 channels.
-unsigned channel_blocks(int64_t C) { return static_cast<unsigned>(ceil_div<int64_t>(C, 32)); }
-dim3 merge_block() { return dim3(32, kThreads / 32); }
+// For kernels of kThreads threads that have kWidth channels.
+unsigned channel_blocks(int64_t C) { return static_cast<unsigned>(ceil_div<int64_t>(C, kWidth)); }
+dim3 merge_block() { return dim3(kWidth, kThreads / kWidth); }
 
 template <typename acc>
 constexpr ScalarType kStats = sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float;

@@ -1,7 +1,8 @@
 // The large separable kernel of GCN on CUDA. Both first convolutions are one matrix product: P =
 // X W has, for every pixel, the tap form of gcn_conv.h, and reads X once. A second kernel adds P's
-// shifted slices, keeps what it needs of the middle maps in shared memory, and convolves them
-// there. One block makes a square of the output; its left and right half make a branch each.
+// shifted slices, each of which it reads once as well, to the middle maps, which the backward needs
+// anyway. A third convolves those: one block makes a square of the output; its left and right half
+// make a branch each.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -11,260 +12,14 @@
 #include <type_traits>
 
 #include "common/cuda.h"
-#include "common/ptx.cuh"
+#include "gcn_conv/gcn_conv.cuh"
 #include "gcn_conv/gcn_conv.h"
 
 namespace fastseg {
 namespace {
 
-constexpr int kTile = 8;       // a block's output: kTile x kTile pixels,
-constexpr int kOutputs = 32;   // channels
-constexpr int kTapsOnce = 24;  // taps of the second stage that a block does at a time
-constexpr int kThreads = 256;
-constexpr int kHalf = kThreads / 2;          // threads of a branch
-constexpr int kSumStride = kOutputs + 1;     // of a pixel in the sums that the branches exchange
-constexpr int64_t kTapFormBytes = 32 << 20;  // of P at a time: it stays in the L2 cache
-
-// bfloat16 would round P more coarsely than a convolution rounds its result.
-template <typename T>
-using TapForm = std::conditional_t<std::is_same_v<T, BFloat16>, float, T>;
-
-// Products of the second stage by tensor cores, in TF32: the middle maps then have the precision of
-// float16, the weights are exact.
-template <typename T>
-constexpr bool kTensorCores = sizeof(T) == 2;
-
-// Middle channels that a block has at a time: both branches of kTapsOnce taps fit 80 KB.
-template <typename acc>
-constexpr int kDepth = 128 / sizeof(acc);
-
-template <typename T>
-struct Stage {
-  const T* weight;
-  int64_t out, in, tap;  // strides
-  const T* bias;
-  int64_t bias_step;
-
-  __device__ T at(int64_t k, int64_t c, int64_t t) const {
-    return weight[k * out + c * in + t * tap];
-  }
-  template <typename acc>
-  __device__ acc bias_of(int k) const {
-    return static_cast<acc>(bias[k * bias_step]);
-  }
-};
-
-template <typename T>
-struct Stages {
-  Stage<T> first[2], second[2];  // of the branches: l1 and r1, l2 and r2
-};
-
-// Weights as the products read them: `first`, a row of C for each column of the tap form and zero
-// rows up to `columns`; `second`, [branch][tap][middle channel][output], both of `padded` channels.
-template <typename T, typename acc>
-__global__ void pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
-                             acc* second) {
-  const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
-  for_each_in_rows(2, K, static_cast<int>(g.C), [&](int64_t branch, int k, int c) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      first[((branch * taps + tap) * K + k) * g.C + c] = stages.first[branch].at(k, c, tap);
-    }
-    if (branch > 0) return;
-    for (int64_t row = g.columns() + k; row < columns; row += K) first[row * g.C + c] = T(0.f);
-  });
-  for_each_in_rows(2 * taps, padded, padded, [&](int64_t at, int c, int k) {
-    const bool real = k < K && c < K;
-    second[(at * padded + c) * padded + k] =
-        real ? static_cast<acc>(stages.second[at / taps].at(k, c, at % taps)) : acc(0);
-  });
-}
-
-// What one thread sums: 16 values of the tile. add() adds one tap: `from` is the middle pixel that
-// meets the tile's first, `down` and `right` are the elements between neighbours there, `depth` the
-// middle channels, `weight_step` the elements between the weights of two of them.
-
-// By tensor cores: a warp makes two rows of the tile, all outputs.
-struct TensorSums {
-  float values[kOutputs / 8][4] = {};
-  int row, col, pair;  // col: pixel of the A fragment and output of the B fragment
-
-  __device__ explicit TensorSums(int thread)
-      : row(thread / 32 * 2), col(thread % 32 / 4), pair(thread % 4) {}
-
-  template <typename Fn>
-  __device__ void for_each(Fn&& fn) const {
-#pragma unroll
-    for (int j = 0; j < kOutputs / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        fn((row + e / 2) * kTile + col, j * 8 + pair * 2 + e % 2, values[j][e]);
-      }
-    }
-  }
-
-  __device__ void add(const float* from, int down, int right, int depth, const float* weight,
-                      int64_t weight_step, int outputs) {
-    const float* at = from + row * down + col * right + pair;
-    weight += pair * weight_step + col;
-    for (int k = 0; k < depth; k += 8) {
-      const uint32_t a[4] = {__float_as_uint(at[k]), __float_as_uint(at[down + k]),
-                             __float_as_uint(at[k + 4]), __float_as_uint(at[down + k + 4])};
-      const float *w0 = weight + k * weight_step, *w1 = w0 + 4 * weight_step;
-#pragma unroll
-      for (int j = 0; j < kOutputs / 8; ++j) {
-        if (j * 8 < outputs) {
-          mma_m16n8k8_tf32(values[j], a, __float_as_uint(w0[j * 8]), __float_as_uint(w1[j * 8]));
-        }
-      }
-    }
-  }
-};
-
-// Without: four pixels of a column, four outputs.
-template <typename acc>
-struct PlainSums {
-  acc values[4][4] = {};
-  int row, col, output;
-
-  __device__ explicit PlainSums(int thread)
-      : row(thread / kTile % 2), col(thread % kTile), output(thread / 16 * 4) {}
-
-  template <typename Fn>
-  __device__ void for_each(Fn&& fn) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) fn((row + 2 * i) * kTile + col, output + j, values[i][j]);
-    }
-  }
-
-  __device__ void add(const acc* from, int down, int right, int depth, const acc* weight,
-                      int64_t weight_step, int outputs) {
-    if (output >= outputs) return;
-    from += row * down + col * right;
-    weight += output;
-    for (int k = 0; k < depth; k += 4) {
-      acc middle[4][4], w[4][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_vector(from + 2 * i * down + k, middle[i]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_vector(weight + (k + i) * weight_step, w[i]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) values[i][j] += middle[i][c] * w[c][j];
-        }
-      }
-    }
-  }
-};
-
-// Grid: tiles of an image, output channels by kOutputs, images. `tap_form` has `columns` values for
-// each pixel of these images.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    shift_add(GlobalConv g, Stages<T> stages, int64_t columns, int padded,
-              const TapForm<T>* tap_form, const typename Accumulate<T>::type* second, T* y,
-              typename Accumulate<T>::type* left, typename Accumulate<T>::type* right) {
-  using acc = typename Accumulate<T>::type;
-  FASTSEG_DYNAMIC_SHARED(shared);
-  acc* middle = reinterpret_cast<acc*>(shared);
-  const int H = static_cast<int>(g.H), W = static_cast<int>(g.W), K = static_cast<int>(g.K);
-  const int taps = static_cast<int>(g.taps), reach = taps / 2;
-  const int tile_cols = ceil_div(W, kTile), tile = static_cast<int>(blockIdx.x);
-  const int y0 = tile / tile_cols * kTile, x0 = tile % tile_cols * kTile;
-  const int n0 = static_cast<int>(blockIdx.y) * kOutputs;
-  const int64_t image = int64_t{blockIdx.z} * H * W;  // its first pixel
-  const int thread = static_cast<int>(threadIdx.x);
-  const int own = thread / kHalf;  // this thread's branch
-  std::conditional_t<kTensorCores<T>, TensorSums, PlainSums<acc>> sums(thread % kHalf);
-
-  for (int k0 = 0; k0 < K; k0 += kDepth<acc>) {
-    const int depth = padded - k0 < kDepth<acc> ? padded - k0 : kDepth<acc>;
-    const int stride = depth + 4;  // puts neighbouring pixels into different banks
-    for (int t0 = 0; t0 < taps; t0 += kTapsOnce) {
-      const int count = taps - t0 < kTapsOnce ? taps - t0 : kTapsOnce;
-      const int width = kTile + count - 1, size = kTile * width;
-      __syncthreads();  // the last product has read its strips
-      for (int item = thread; item < 2 * size * depth; item += kThreads) {
-        const int c = item % depth, pixel = item / depth;
-        const int branch = pixel >= size, at = pixel - branch * size;
-        const int line = branch == 0 ? at / width : at % kTile;
-        const int along = (branch == 0 ? at % width : at / kTile) + t0 - reach;
-        const int py = y0 + (branch == 0 ? line : along), px = x0 + (branch == 0 ? along : line);
-        acc value = 0;
-        if (k0 + c < K && py >= 0 && py < H && px >= 0 && px < W) {
-          // The first stage runs across: branch 0 down the column, branch 1 along the row.
-          const int center = branch == 0 ? py : px, end = branch == 0 ? H : W;
-          const int from = reach - center > 0 ? reach - center : 0;
-          const int to = end + reach - center < taps ? end + reach - center : taps;
-          const int64_t step = (branch == 0 ? W : 1) * columns + K;
-          const int64_t at_pixel = image + int64_t{py} * W + px;
-          const TapForm<T>* p = tap_form + at_pixel * columns + int64_t{branch} * taps * K + k0 + c;
-          p -= reach * (step - K);
-          value = stages.first[branch].template bias_of<acc>(k0 + c);
-#pragma unroll 5
-          for (int t = from; t < to; ++t) value += static_cast<acc>(p[t * step]);
-          if (n0 == 0 && along >= 0 && along < kTile) {
-            (branch == 0 ? left : right)[at_pixel * K + k0 + c] = value;
-          }
-        }
-        if constexpr (kTensorCores<T>) value = __uint_as_float(to_tf32(value));
-        middle[pixel * stride + c] = value;
-      }
-      __syncthreads();
-      const int down = own == 0 ? width : kTile, tap = own == 0 ? 1 : kTile;  // in pixels
-      for (int t = 0; t < count; ++t) {
-        const acc* weight = second + ((int64_t{own} * taps + t0 + t) * padded + k0) * padded + n0;
-        sums.add(middle + (own * size + t * tap) * stride, down * stride, stride, depth, weight,
-                 padded, K - n0);
-      }
-    }
-  }
-
-  __syncthreads();
-  for (int branch = 1; branch >= 0; --branch) {
-    if (own == branch) {
-      sums.for_each([&](int pixel, int output, acc value) {
-        acc& sum = middle[pixel * kSumStride + output];
-        sum = branch == 1 ? value : sum + value;
-      });
-    }
-    __syncthreads();
-  }
-  const int outputs = K - n0 < kOutputs ? K - n0 : kOutputs;
-  for (int item = thread; item < kTile * kTile * outputs; item += kThreads) {
-    const int pixel = item / outputs, k = item % outputs;
-    const int py = y0 + pixel / kTile, px = x0 + pixel % kTile;
-    if (py >= H || px >= W) continue;
-    const acc bias = stages.second[0].template bias_of<acc>(n0 + k) +
-                     stages.second[1].template bias_of<acc>(n0 + k);
-    y[(image + int64_t{py} * W + px) * K + n0 + k] =
-        static_cast<T>(middle[pixel * kSumStride + k] + bias);
-  }
-}
-
-// Rows [begin, end) of gcn_expand's result, one thread per value.
-template <typename T>
-__global__ void expand(GlobalConv g, int64_t begin, int64_t end, const T* vertical,
-                       const T* horizontal, T* out) {
-  const int H = static_cast<int>(g.H), W = static_cast<int>(g.W), K = static_cast<int>(g.K);
-  const int taps = static_cast<int>(g.taps), columns = static_cast<int>(g.columns());
-  for_each_in_rows(end - begin, W, columns, [&](int64_t line, int x, int column) {
-    const int64_t row = begin + line;
-    const int tap = column / K, shift = taps / 2 - tap % taps;
-    T value = T(0.f);
-    if (tap < taps) {
-      const int y = static_cast<int>(row % H) + shift;
-      if (y >= 0 && y < H) value = vertical[((row + shift) * W + x) * K + column % K];
-    } else if (x + shift >= 0 && x + shift < W) {
-      value = horizontal[(row * W + x + shift) * K + column % K];
-    }
-    out[(line * W + x) * columns + column] = value;
-  });
-}
+constexpr int kShiftAddBlocks = 8 * 132;     // at most: all at once
+constexpr int64_t kTapFormBytes = 48 << 20;  // of P at a time: it stays in the L2 cache
 
 // a (m, k) b (n, k)^T in the dtype of the tap form. Into a tensor of that dtype: autocast, which
 // may be on for calls from here, leaves such products alone.
@@ -329,31 +84,36 @@ std::tuple<Tensor, Tensor, Tensor> gcn_conv_cuda(const Tensor& x, const Tensor& 
     const int padded = static_cast<int>(ceil_div<int64_t>(g.K, 8) * 8);
     const Tensor first = torch::stable::new_empty(x, {columns, g.C});
     const Tensor second = torch::stable::new_empty(x, {2 * g.taps * padded * padded}, acc_type);
-    const RowGrid rows(2 * g.taps, std::max<int64_t>(g.K, padded), std::max<int64_t>(g.C, padded));
+    const RowGrid rows(2 * ceil_div<int64_t>(g.taps, kLoads), g.K, std::max<int64_t>(g.C, 1));
     launch(pack_weights<T, acc>, rows.grid, rows.block, 0, stream, g, stages, columns, padded,
            first.mutable_data_ptr<T>(), second.mutable_data_ptr<acc>());
 
     const Tensor pixels = pixels_of(x, g);
     const int64_t size = g.H * g.W;
-    const int64_t images = std::clamp<int64_t>(
-        kTapFormBytes / (size * columns * static_cast<int64_t>(sizeof(TapForm<T>))), 1, 65535);
-    const int width = kTile + static_cast<int>(std::min<int64_t>(g.taps, kTapsOnce)) - 1;
-    const int strips = 2 * kTile * width * (std::min(padded, kDepth<acc>) + 4);
-    const size_t shared = std::max(strips, kTile * kTile * kSumStride) * sizeof(acc);
-    const int64_t tiles = ceil_div<int64_t>(g.H, kTile) * ceil_div<int64_t>(g.W, kTile);
+    const int64_t image_bytes = size * columns * static_cast<int64_t>(sizeof(TapForm<T>));
+    const int64_t images = std::max<int64_t>(kTapFormBytes / image_bytes, 1);
     for (int64_t n = 0; n < g.N; n += images) {
       const int64_t count = std::min(images, g.N - n), at = n * size * g.K;
       const Tensor some =
           torch::stable::narrow(const_cast<Tensor&>(pixels), 0, n * size, count * size);
       const Tensor tap_form = product<T>(some, first);
-      const dim3 grid(static_cast<unsigned>(tiles),
-                      static_cast<unsigned>(ceil_div<int64_t>(g.K, kOutputs)),
-                      static_cast<unsigned>(count));
-      launch(shift_add<T>, grid, dim3(kThreads), shared, stream, g, stages, columns, padded,
-             tap_form.const_data_ptr<TapForm<T>>(), second.const_data_ptr<acc>(),
-             y.mutable_data_ptr<T>() + at, left.mutable_data_ptr<acc>() + at,
+      const int64_t blocks = ceil_div<int64_t>(g.W * g.K, kThreads), lines = count * g.H;
+      const int64_t rows = std::min(lines, std::max<int64_t>(kShiftAddBlocks / (2 * blocks), 1));
+      const dim3 values(static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 2);
+      launch(shift_add<T>, values, dim3(kThreads), 0, stream, g, static_cast<int>(lines), stages,
+             columns, tap_form.const_data_ptr<TapForm<T>>(), left.mutable_data_ptr<acc>() + at,
              right.mutable_data_ptr<acc>() + at);
     }
+
+    const int width = kTile + static_cast<int>(std::min<int64_t>(g.taps, kTapsOnce)) - 1;
+    const int strips = 2 * kTile * width * (std::min(padded, kDepth<acc>) + 4);
+    const size_t shared = std::max(strips, kTile * kTile * kSumStride) * sizeof(acc);
+    const int64_t tiles = g.N * ceil_div<int64_t>(g.H, kTile) * ceil_div<int64_t>(g.W, kTile);
+    const dim3 grid(static_cast<unsigned>(tiles),
+                    static_cast<unsigned>(ceil_div<int64_t>(g.K, kOutputs)));
+    launch(second_stage<T>, grid, dim3(kThreads), shared, stream, g, stages, padded,
+           left.const_data_ptr<acc>(), right.const_data_ptr<acc>(), second.const_data_ptr<acc>(),
+           y.mutable_data_ptr<T>());
   });
   return {y, left, right};
 }
