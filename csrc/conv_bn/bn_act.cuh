@@ -187,44 +187,58 @@ __device__ __forceinline__ typename Accumulate<T>::type centre(const DenseLayout
   return static_cast<typename Accumulate<T>::type>(y[l.channels_last ? c : c * l.HW]);
 }
 
-// partials (slices, C) of y - centre. A thread sums differences from the first value that it meets,
-// and their squares: of the variance of its n values no more than a factor of n is lost.
+// partials (slices, C) of y - centre. Of the values that a thread has in flight together it takes
+// the mean first, then the differences from it, and merges those moments with what it has.
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kResident)
     moments_kernel(DenseLayout layout, bool whole, const T* y,
                    Moments<typename Accumulate<T>::type>* partials) {
   using acc = typename Accumulate<T>::type;
-  constexpr int kStates = kLanes<T, kChannelsLast>;
-  acc first[kStates] = {}, sum[kStates] = {}, squares[kStates] = {};
-  int n = 0;
-  for_each_batch<T, kChannelsLast, false, kInFlight>(layout, whole, [&](const auto& batch) {
-    typename std::decay_t<decltype(batch)>::Values values;
-    batch.load(y, values);
-    if (n == 0) {
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) first[k] = static_cast<acc>(values[0][k]);
-    }
-#pragma unroll
-    for (int i = 0; i < batch.kVectors; ++i) {
-      n += kChannelsLast ? batch.count[i] > 0 : batch.count[i];
-#pragma unroll
-      for (int k = 0; k < kCount<T>; ++k) {
-        acc delta = static_cast<acc>(values[i][k]) - first[k % kStates];
-        if (k >= batch.count[i]) delta = 0;
-        sum[k % kStates] += delta;
-        squares[k % kStates] += delta * delta;
-      }
-    }
-  });
+  constexpr int kStates = kLanes<T, kChannelsLast>, kTogether = 3;  // four would spill
   const int64_t c = first_channel<T, kChannelsLast>();
-  ThreadMoments<acc> mine[kStates] = {};
-  const acc share = 1 / static_cast<acc>(n);
+  acc centres[kStates] = {};
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    if (n == 0 || c + k >= layout.C) continue;
-    mine[k].n = static_cast<acc>(n);
-    mine[k].mean = first[k] - centre(layout, y, c + k) + sum[k] * share;
-    mine[k].m2 = not_negative(squares[k] - sum[k] * sum[k] * share);
+    if (c + k < layout.C) centres[k] = centre(layout, y, c + k);
+  }
+  ThreadMoments<acc> mine[kStates] = {};
+  acc n = 0;
+  for_each_batch<T, kChannelsLast, false, kTogether>(layout, whole, [&](const auto& batch) {
+    typename std::decay_t<decltype(batch)>::Values values;
+    batch.load(y, values);
+    acc count = 0, means[kStates] = {};
+#pragma unroll
+    for (int i = 0; i < batch.kVectors; ++i) {
+      count += static_cast<acc>(kChannelsLast ? batch.count[i] > 0 : batch.count[i]);
+#pragma unroll
+      for (int k = 0; k < kCount<T>; ++k) {
+        const acc value = static_cast<acc>(values[i][k]) - centres[k % kStates];
+        if (k < batch.count[i]) means[k % kStates] += value;
+      }
+    }
+    const acc share = 1 / count, weight = count / (n + count);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) means[k] *= share;
+#pragma unroll
+    for (int i = 0; i < batch.kVectors; ++i) {
+#pragma unroll
+      for (int k = 0; k < kCount<T>; ++k) {
+        const acc value = static_cast<acc>(values[i][k]) - centres[k % kStates];
+        const acc delta = value - means[k % kStates];
+        if (k < batch.count[i]) mine[k % kStates].m2 += delta * delta;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      const acc delta = means[k] - mine[k].mean;
+      mine[k].mean += delta * weight;
+      mine[k].m2 += delta * delta * (n * weight);
+    }
+    n += count;
+  });
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    if (c + k < layout.C) mine[k].n = n;
   }
   ThreadMoments<acc> total;
   if (!reduce_block(mine, kChannelsLast ? blockDim.x : 1, total)) return;

@@ -79,7 +79,7 @@ def _in_one_launch(x: Tensor, branches: Any) -> bool:
     return (
         type(x) is Tensor  # not a proxy that is traced
         and x.is_cuda
-        and all(branch.folds for branch in branches)
+        and all(isinstance(branch, ConvBNReLU2d) and branch.folds for branch in branches)
         and not (
             torch.is_grad_enabled()
             and (x.requires_grad or any(p.requires_grad for p in branches.parameters()))
