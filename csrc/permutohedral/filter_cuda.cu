@@ -34,11 +34,14 @@ __device__ __forceinline__ void load_four(const V* from, T (&to)[4]) {
 
 template <typename T, typename V>
 __device__ __forceinline__ void store_four(V* to, const T (&from)[4]) {
-  if constexpr (std::is_same_v<T, V>) return store_vector(to, from);  // the copy makes four stores
-  V stored[4];
+  if constexpr (std::is_same_v<T, V>) {
+    store_vector(to, from);  // a copy would make four stores of it
+  } else {
+    V stored[4];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) stored[c] = static_cast<V>(from[c]);
-  store_vector(to, stored);
+    for (int c = 0; c < 4; ++c) stored[c] = static_cast<V>(from[c]);
+    store_vector(to, stored);
+  }
 }
 
 // Sums of weight * row over each chunk. `team` lanes of a warp share a chunk: kSlots times the
