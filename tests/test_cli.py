@@ -73,9 +73,9 @@ def test_cuda_code_matches_devices_as_nvidia_defines(archs, capability, runs):
 
 
 def test_info_says_which_gpus_the_kernels_ran_on(capsys):
-    assert info.report()["cuda"]["checked_on"] == []
+    assert info.report()["cuda"]["checked_on"] == ["NVIDIA H200"]
     info.info()
-    assert "checked on no GPU yet" in capsys.readouterr().out
+    assert "checked on NVIDIA H200; for other GPUs emulated" in capsys.readouterr().out
 
 
 def test_no_cuda_reasons(monkeypatch):

