@@ -18,7 +18,7 @@ namespace fastseg {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kImagesTogether = 65535;  // in one launch, where their lattices allow it
+constexpr int64_t kImagesTogether = 65535;  // in one launch: all that a grid takes
 
 // What the update reads of one pairwise term, of the first image.
 template <typename T, typename V>
