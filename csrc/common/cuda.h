@@ -49,6 +49,16 @@ __device__ __forceinline__ void store_word(W* address, W word) {
 }
 #endif
 
+// For __launch_bounds__: `blocks` of a multiprocessor, but one less from compute capability 10.0
+// on, where the compiler needs a few registers more and would spill them.
+constexpr __host__ __device__ int resident_blocks(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return blocks - 1;
+#else
+  return blocks;
+#endif
+}
+
 // kCount neighbours of T moved together, by the widest accesses that fit (128 bits at most). The
 // address must be a multiple of kCount * sizeof(T) bytes, or of 16 where that is less.
 template <size_t kBytes>

@@ -190,7 +190,7 @@ __device__ __forceinline__ typename Accumulate<T>::type centre(const DenseLayout
 // partials (slices, C) of y - centre. Of the values that a thread has in flight together it takes
 // the mean first, then the differences from it, and merges those moments with what it has.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kResident))
     moments_kernel(DenseLayout layout, bool whole, const T* y,
                    Moments<typename Accumulate<T>::type>* partials) {
   using acc = typename Accumulate<T>::type;
@@ -339,7 +339,7 @@ __device__ __forceinline__ acc load_channel(const Norm<acc>& norm, int64_t c, ac
 
 // z = activation((y - mean) * scale + shift + residual); residual may be null.
 template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kResident))
     normalize(DenseLayout layout, bool whole, const T* y, const T* residual, Norm<acc> norm,
               acc slope, T* z) {
   constexpr int kStates = kLanes<T, kChannelsLast>;
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // partials (slices, C) of g and g * (y - mean), g = dz * activation'; with a residual, g is
 // written.
 template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kResident))
     backward_reduce(DenseLayout layout, bool whole, const T* dz, const T* y, const T* residual,
                     Norm<acc> norm, acc slope, T* g_out, Sums<acc>* partials) {
   constexpr int kStates = kLanes<T, kChannelsLast>;
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(kThreads)
 // sums (2, C) / count (1,), which other processes may have added to. `dz` holds g already if
 // `gated`.
 template <typename T, bool kChannelsLast, typename acc>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kResident))
     backward_apply(DenseLayout layout, bool whole, const T* dz, bool gated, const T* y,
                    Norm<acc> norm, const acc* sums, const acc* count, acc slope, T* dy) {
   constexpr int kStates = kLanes<T, kChannelsLast>, k1 = kNormValues, k2 = kNormValues + 1;

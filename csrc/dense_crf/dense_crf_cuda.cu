@@ -57,7 +57,7 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 // block, a row of `groups` * 4 and one more, which spreads them over the banks. `invalid`, if not
 // null, becomes 1 where an energy is NaN or -inf, or all of a point are inf.
 template <typename T, typename V, int kPer>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? 5 : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kPer < 8 ? resident_blocks(5) : 1)
     update(const __grid_constant__ Messages<T, V> messages, int64_t points, int labels, int groups,
            int lanes, const T* all_energies, T* all_beliefs, int32_t* invalid) {
   constexpr int kCorners = 3;  // gathered at once; simplices of 2 and 5 features have 3 and 6

@@ -151,7 +151,7 @@ struct PlainSums {
 // rows up to `columns`; `second`, [branch][tap][middle channel][output], both of `padded` channels,
 // for tensor cores in the order of TensorSums.
 template <typename T, typename acc>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, resident_blocks(3))
     pack_weights(GlobalConv g, Stages<T> stages, int64_t columns, int padded, T* first,
                  acc* second) {
   const int K = static_cast<int>(g.K), taps = static_cast<int>(g.taps);
