@@ -24,7 +24,7 @@ struct ConvEpilogue {
     store_vector(z + at, left, whole, result);
   }
 
-  // The same with bias and residual loaded beforehand, where there are any.
+  // The `result` of 8 values, with bias and residual loaded beforehand where there are any.
   __device__ __forceinline__ void finish(float (&values)[8], const T (&biases)[8],
                                          const T (&residuals)[8], T (&result)[8]) const {
     if (bias) {

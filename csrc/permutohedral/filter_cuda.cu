@@ -15,7 +15,7 @@
 namespace fastseg {
 namespace {
 
-constexpr int kBlurAxes = 2;  // per launch, 1 or 2
+constexpr int kBlurAxes = 2;  // of a launch
 constexpr int kSlots = 4;     // splats of a chunk that are added up side by side
 
 template <typename T, typename V>

@@ -5,10 +5,16 @@ import copy
 import pytest
 import torch
 
+from fastseg import _C
+from fastseg.bench.works import unfused
+
 from .reference import randomize
 from .test_contract import NAMES, _shallow, image, small  # noqa: F401  shallow ResNets here too
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not _C.build_info()["cuda_archs"],
+    reason="needs a CUDA device and fastseg built for it",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +62,13 @@ def test_training_on_cuda(name):
     logits(exact, x.double()).square().mean().backward()
     logits(fast, x.cuda()).square().mean().backward()
     assert error(gradient(fast), gradient(exact)) <= 5e-2
+
+
+def test_unfused_network_on_cuda():
+    """Its ASPP has no layers to run in one launch."""
+    model = randomize(small("deeplabv3_resnet50")).eval()
+    plain = unfused(copy.deepcopy(model)).cuda()
+    x = image(2, 4, 97, 131)
+    with torch.inference_mode():
+        exact = logits(model.double(), x.double())
+        assert error(logits(plain, x.cuda()), exact) <= 1e-5
