@@ -23,10 +23,14 @@ FASTSEG_INLINE Vec load(const BFloat16* p) {
 }
 
 FASTSEG_INLINE Halves narrow(Vec v) {
+#if FASTSEG_ISA_LEVEL >= 3
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);  // subnormal numbers become 0
+#else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const Words is_nan = (Words)(v != v);
   return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+#endif
 }
 
 FASTSEG_INLINE void store(BFloat16* p, Vec v) {
@@ -95,19 +99,16 @@ FASTSEG_INLINE uint32_t load_word(const BFloat16* p) {
   std::memcpy(&word, p, sizeof word);
   return word;
 }
-FASTSEG_INLINE uint32_t broadcast(uint32_t a) { return a; }
+FASTSEG_INLINE Words broadcast(uint32_t a) { return a - Words{}; }
 FASTSEG_INLINE Words load_words(const BFloat16* p) {
   return *reinterpret_cast<const UnalignedWords*>(p);
 }
-FASTSEG_INLINE Vec multiply_add(Vec sum, uint32_t a, Words b) {
+FASTSEG_INLINE Vec multiply_add(Vec sum, Words a, Words b) {
 #if FASTSEG_ISA_LEVEL >= 3
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // as above
+  return sum;
 #else
-  const uint32_t low = a << 16, high = a & 0xffff0000;
-  float scalar[2];
-  std::memcpy(scalar, &low, sizeof low);
-  std::memcpy(scalar + 1, &high, sizeof high);
-  sum += scalar[0] * (Vec)(b << 16);
-  return sum + scalar[1] * (Vec)(b & 0xffff0000);
+  sum += (Vec)(a << 16) * (Vec)(b << 16);
+  return sum + (Vec)(a & 0xffff0000) * (Vec)(b & 0xffff0000);
 #endif
 }

@@ -110,12 +110,14 @@ struct GemmForm {
   enum Rows {
     kFlat,      // any pixels that follow each other: 1x1 on a dense image
     kLines,     // pixels of one line of output
-    kGathered,  // any pixels, each with its taps copied to one place: very narrow images
+    kGathered,  // any pixels, each with its taps copied to one place: very narrow images, and
+                // pixels whose lines would share a set of L1
   } rows;
   int64_t taps;          // of a kernel row that are read as one run
   int64_t blocks;        // all of them
   int64_t line_blocks;   // those of a line
   int64_t width, copy;   // pixels of a line and operands that the copy of a block takes
+  int64_t row;           // operands from one gathered pixel to the next
   int64_t summand_copy;  // where in it those of the second image begin
   int64_t height;        // rows of the tiles of AMX
   int64_t operands;      // that come into L2 with each block of a task

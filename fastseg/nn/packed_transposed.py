@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from .. import _C
+from ..ops.conv_choice import fast_bfloat16
 from ..ops.conv_engine import activate
 from ..ops.conv_transposed import PackedConvTransposed, conv_transposed, pack_conv_transposed
 from .packed import unsupported_weights
@@ -73,7 +73,7 @@ class PackedConvTranspose2d(nn.Module):
             "negative_slope": negative_slope,
             "residual_last": residual_last,
         }
-        rounded = dtype == torch.bfloat16 and _C.bf16_products()  # as other matrix products are
+        rounded = dtype == torch.bfloat16 and fast_bfloat16()  # as other matrix products are
         self.products = torch.bfloat16 if rounded else torch.float32
         self.place: Any = None  # where results go, a fastseg.memory_plan.Place
         self._packed: PackedConvTransposed | None = None

@@ -19,17 +19,17 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
-from ..nn.packed import PackedConv2d
-from ..ops.conv_choice import ROUNDED
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
 from .max_pools import READ_BY_UNPOOLING, faster_pool
+from .pooling import decide_maxima
 from .replay import Replayed, buffers_of
 from .tracing import has_options, reads_strides, required_arguments, trace
 
 __all__ = ["explain", "optimize"]
 
+ACCURACIES = ("strict", "default", "fast")
 NOTES = "fastseg_notes"  # what was done to a part and what not, as (name, text)
 
 
@@ -69,8 +69,8 @@ def optimize(
         raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"optimize: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    if accuracy not in ROUNDED:
-        raise ValueError(f"optimize: accuracy must be one of {tuple(ROUNDED)}, got {accuracy!r}")
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"optimize: accuracy must be one of {ACCURACIES}, got {accuracy!r}")
     report: Report = []
     settings = {"accuracy": accuracy, "dtype": dtype}
     model = copy.deepcopy(model)
@@ -84,9 +84,8 @@ def optimize(
     unpools = any(isinstance(m, nn.MaxUnpool2d) for m in model.modules())
     unpools = unpools or any(text == READ_BY_UNPOOLING for _, text in report)
     if unpools and accuracy == "default":
-        for module in fast.modules():
-            if isinstance(module, PackedConv2d) and module.dtype == torch.float32:
-                module.accuracy = "maxima"
+        for conv in decide_maxima(fast):
+            conv.accuracy = "maxima"
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
         vars(fast)[NOTES] = report

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 from ..memory_plan import reads_only
 from ..nn.packed import PackedConv2d
 from ..nn.packed_pool import PooledConv2d, UnpooledConv2d
 from ..nn.pooling import MaxPool2d, MaxUnpool2d
-from .fusion import Report, module_of
+from .fusion import Report, argument, module_of
 from .max_pools import Unpool
 
 WINDOWS = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0)}
@@ -91,6 +92,31 @@ def unpool_inputs(traced: fx.GraphModule, report: Report) -> None:
         graph.erase_node(reader)
         graph.erase_node(node)
         report.append((str(reader.target), "unpools its input in the same pass"))
+
+
+def decide_maxima(network: nn.Module) -> list[nn.Module]:
+    """The convolutions of an optimised network whose results decide where an unpooling puts its
+    values: those that the indices come from, or all where that cannot be seen."""
+    kinds = (MaxUnpool2d, nn.MaxUnpool2d, Unpool)
+    unpools = {m for m in network.modules() if isinstance(m, kinds)}
+    deciding: dict[fx.Node, None] = {}  # a set in order
+    for node in network.graph.nodes if isinstance(network, fx.GraphModule) else ():
+        module = module_of(network, node)
+        unpool = module.unpool if isinstance(module, UnpooledConv2d) else module
+        if node.target is F.max_unpool2d or isinstance(
+            unpool, MaxUnpool2d | nn.MaxUnpool2d | Unpool
+        ):
+            deciding[argument(node, 1, "indices")] = None
+            unpools.discard(unpool)
+    if unpools or not deciding:
+        return [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    ahead = list(deciding)
+    while ahead:
+        sources = [n for n in ahead.pop().all_input_nodes if n not in deciding]
+        deciding |= dict.fromkeys(sources)
+        ahead += sources
+    called = [m for m in (module_of(network, node) for node in deciding) if m is not None]
+    return [conv for m in called for conv in m.modules() if isinstance(conv, PackedConv2d)]
 
 
 def _is_2x2(module: Any) -> bool:

@@ -308,9 +308,12 @@ def test_choice(fast_products, monkeypatch):
     assert choice(64, 64, (1, 1)) == (0, "float32")
     assert choice(256, 21, **line) == (5, "float32")
     fast_products(True)
-    assert choice(512, 512, **same, accuracy="fast") == (4, "bfloat16")
-    assert choice(512, 512, **same) == (2, "bfloat16")
-    assert choice(512, 512, **same, accuracy="strict") == (4, "float32")
+    for accuracy in ("default", "fast"):
+        assert choice(512, 512, **same, accuracy=accuracy) == (4, "bfloat16")
+        assert choice(64, 64, **same, accuracy=accuracy) == (4, "bfloat16")
+    for accuracy in ("strict", "maxima"):
+        assert choice(512, 512, **same, accuracy=accuracy) == (6, "float32")
+    assert choice(512, 512, size=(8, 8), **same, accuracy="maxima") == (2, "bfloat16")
     assert choice(64, 64, (1, 1)) == (0, "bfloat16")
     assert choice(64, 64, (1, 1), accuracy="strict") == (0, "bfloat16")
     assert choice(256, 21, **line) == (5, "float32")

@@ -184,13 +184,36 @@ class Unpool(nn.Module):
         return F.max_unpool2d(self.b(x), places, 2)
 
 
-def test_networks_that_unpool_keep_small_tiles():
-    """F(6, 3), whose error moves more maxima than torch's convolution, is not for them."""
-    models = {"module": create_model("segnet_vgg16"), "function": Unpool(), "none": conv(64, 64)}
-    tiles = {}
+class Hidden(nn.Module):
+    """Whose way to its unpooling cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Unpool()
+
+    def forward(self, x):
+        return self.inner(x) if float(x.sum()) > 0 else x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_before_an_unpooled_maximum_keep_small_tiles(dtype):
+    """F(6, 3), whose error moves more maxima than torch's convolution, is not for them, nor are
+    products in bfloat16 in F(4, 3). Behind the last such maximum they are as in any network."""
+    models = {
+        "module": create_model("segnet_vgg16"),
+        "function": Unpool(),
+        "hidden": Hidden(),
+        "none": conv(64, 64),
+    }
+    accuracies = {}
     for name, model in models.items():
-        fast = fastseg.optimize(model.eval())
+        fast = fastseg.optimize(model.eval(), dtype)
         convs = [m for m in fast.modules() if isinstance(m, PackedConv2d)]
-        images = [torch.empty(1, m.weight.shape[1], 64, 64) for m in convs]
-        tiles[name] = max(m.algorithm(x).tile for m, x in zip(convs, images, strict=True))
-    assert tiles == {"module": 4, "function": 4, "none": 6}
+        accuracies[name] = [m.accuracy for m in dict.fromkeys(convs)]
+        for m in convs:
+            tile = m.algorithm(torch.empty(1, m.weight.shape[1], 64, 64)).tile
+            assert m.accuracy == "default" or dtype == torch.bfloat16 or tile <= 4
+    assert sorted(accuracies["module"]) == 13 * ["default"] + 13 * ["maxima"]
+    assert accuracies["function"] == ["maxima", "default"]
+    assert accuracies["hidden"] == ["maxima", "maxima"]
+    assert accuracies["none"] == ["default"]
