@@ -88,8 +88,8 @@ struct GemmKernel {
     const bool dense = conv.x.pixel == conv.C || !kSame;
     form.taps = conv.dilation_w == 1 && dense ? conv.S : 1;
     const bool whole = form.taps * conv.C % kRunStep<E> == 0;
-    const bool flat = !lines && kSame && whole && conv.is_pointwise() && conv.Ho == conv.H &&
-                      conv.Wo == conv.W;
+    const bool flat =
+        !lines && kSame && whole && conv.is_pointwise() && conv.Ho == conv.H && conv.Wo == conv.W;
     // Where pixels lie a multiple of 4 KB apart, lines of 14 of them are more than a set of L1
     // holds: 2048 -> 512 channels took 26 instead of 20 ms. A copy pays from some 100 columns on.
     const bool collide = flat && conv.flat_stride() * sizeof(E) % 4096 == 0 && conv.K > 96;

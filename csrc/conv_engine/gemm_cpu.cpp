@@ -47,9 +47,9 @@ void run_blocks(const Conv& conv) {
   const int64_t columns = conv.panels() * kPanel;
   const int64_t products = ceil_div(conv.pixels(), form.blocks) * conv.depth();  // per column
   form.panels_first = columns * conv.depth() * int64_t{sizeof(E)} > l2_bytes() / 2;
-  const int64_t most = form.panels_first
-                           ? l2_bytes() / (sizeof(E) == 2 ? 2 : 4) / (form.operands * static_cast<int64_t>(sizeof(E)))
-                           : kTaskProducts / (products * columns);
+  const int64_t most = form.panels_first ? l2_bytes() / (sizeof(E) == 2 ? 2 : 4) /
+                                               (form.operands * static_cast<int64_t>(sizeof(E)))
+                                         : kTaskProducts / (products * columns);
   const int64_t tasks = ceil_div(form.blocks, std::max<int64_t>(most, 1));
   const int64_t parts = std::min(form.blocks, round_up(tasks, threads));
   // Few pixels and many channels (pooled maps): share the panels out as well.
@@ -140,9 +140,8 @@ void run_strassen(const Conv& conv) {
 #if defined(__x86_64__)
 // 1x1 convolutions by the wide tile, with weights that stay in L2 while the pixels pass by. Short
 // tasks: with those of run_blocks 64 channels were cut into four for each of two threads.
-template <class Conv>
+template <class Kernel, class Conv>
 void run_wide(const Conv& conv) {
-  using Kernel = avx512::WideKernel<Conv>;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tiles = ceil_div(conv.pixels(), avx512::kWideRows), pairs = conv.panels() / 2;
   const int64_t products = conv.depth() * conv.K * avx512::kWideRows;  // of a tile's rows
@@ -186,18 +185,25 @@ void run_wide_strassen(const Conv& conv) {
 template <class Conv>
 bool try_wide(const Conv& conv) {
 #if defined(__x86_64__)
-  if constexpr (std::is_same_v<Conv, Convolution<float, float>>) {
-    if (current_isa() < Isa::kAvx512) return false;
-    if (conv.strassen) {
-      if (!avx512::WideStrassenKernel<Conv>::fits(conv)) return false;
-      FASTSEG_COUNT("conv_engine.wide_strassen");
-      run_wide_strassen(conv);
-      return true;
+  using E = typename Conv::Operand;
+  if constexpr (std::is_same_v<typename Conv::Storage, E>) {
+    constexpr bool kFloat = std::is_same_v<E, float>;
+    if (kFloat ? current_isa() < Isa::kAvx512 : current_isa() != Isa::kAvx512Bf16) return false;
+    if constexpr (kFloat) {
+      if (conv.strassen) {
+        if (!avx512::WideStrassenKernel<Conv>::fits(conv)) return false;
+        FASTSEG_COUNT("conv_engine.wide_strassen");
+        run_wide_strassen(conv);
+        return true;
+      }
     }
-    const int64_t weights = conv.panels() * kPanel * conv.depth() * int64_t{sizeof(float)};
-    if (weights > l2_bytes() / 2 || !avx512::WideKernel<Conv>::fits(conv)) return false;
+    using Kernel =
+        std::conditional_t<kFloat, avx512::WideKernel<Conv>, avx512_bf16::WideKernel<Conv>>;
+    const int64_t weights = conv.panels() * kPanel * conv.depth() * int64_t{sizeof(E)};
+    if (weights > l2_bytes() / 2 || !Kernel::fits(conv)) return false;
+    if (!kFloat && conv.K < conv.C) return false;  // 256 -> 64 channels took 8 % longer
     FASTSEG_COUNT("conv_engine.wide");
-    run_wide(conv);
+    run_wide<Kernel>(conv);
     return true;
   }
 #endif

@@ -5,14 +5,17 @@
 // Pixels that all panels pass by: they stay in L1, and so do two panels of 64 channels meanwhile.
 constexpr int64_t kWideBlock = 4 * kWideRows;
 
-constexpr int64_t kWideTerms = 512;  // of the longest reduction
+constexpr int64_t kWideTerms = 512;  // words of the longest reduction
 
 template <class Conv>
 struct WideKernel {
+  using T = typename Conv::Storage;
+
   static bool fits(const Conv& conv) {
     return conv.pixels() >= kWideBlock && reads_flat(conv) && writes_flat(conv) &&
-           conv.C % kWideSteps == 0 && conv.C2 % kWideSteps == 0 &&
-           conv.C + conv.C2 <= kWideTerms && conv.K % kWideColumns == 0 && ends_wide(conv);
+           conv.C % kWideStep<T> == 0 && conv.C2 % kWideStep<T> == 0 &&
+           conv.C + conv.C2 <= kWideTerms * kPerWord<T> && conv.K % kWideColumns == 0 &&
+           ends_wide(conv);
   }
 
   // Tiles [begin, end) of rows, pairs of panels [pair_begin, pair_end).
@@ -20,7 +23,7 @@ struct WideKernel {
                   int64_t pair_end) {
     const int64_t last = std::min(end * kWideRows, conv.pixels()), panel = conv.depth() * kPanel;
     const bool in_place = conv.residual.data == conv.y.data;
-    WideTile tile{};
+    WideTile<T> tile{};
     tile.runs[0] = {nullptr, conv.flat_stride(), conv.C};
     tile.runs[1] = {nullptr, conv.x2.pixel, conv.C2};
     tile.residual = {nullptr, flat_pixel(conv, conv.residual), kPanel};
@@ -29,7 +32,7 @@ struct WideKernel {
     tile.next_y = {nullptr, tile.y.row, kPanel};
     tile.low = wide_low(conv);
     const auto residual_at = [&](int64_t i, int64_t pair) {
-      const float* data = conv.residual.data;
+      const T* data = conv.residual.data;
       return data ? data + i * tile.residual.row + pair * kWideColumns : nullptr;
     };
     const auto y_at = [&](int64_t i, int64_t pair) {
@@ -70,10 +73,10 @@ struct WideKernel {
 
  private:
   // A tile of fewer rows, by way of copies.
-  __attribute__((noinline)) static void multiply_part(WideTile tile, int64_t rows) {
-    alignas(64) float operands[kWideRows * kWideTerms] = {}, sums[kWideSums] = {};
-    float* to = operands;
-    for (WideRun& run : tile.runs) {
+  __attribute__((noinline)) static void multiply_part(WideTile<T> tile, int64_t rows) {
+    alignas(64) T operands[kWideRows * kWideTerms * kPerWord<T>] = {}, sums[kWideSums] = {};
+    T* to = operands;
+    for (WideRun<T>& run : tile.runs) {
       for (int64_t r = 0; r < rows && run.length > 0; ++r) {
         copy_run(run.data + r * run.row, to + r * run.length, run.length);
       }
@@ -83,7 +86,7 @@ struct WideKernel {
     for (int64_t r = 0; r < rows && tile.residual.data; ++r) {
       copy_run(tile.residual.at(r, 0), sums + r * kWideColumns, kWideColumns);
     }
-    const WideRows<float> y = tile.y;
+    const WideRows<T> y = tile.y;
     tile.y = {sums, kWideColumns, kPanel};
     if (tile.residual.data) tile.residual = {sums, kWideColumns, kPanel};
     tile.next_residual.data = tile.next_y.data = nullptr;

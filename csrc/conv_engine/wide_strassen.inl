@@ -8,7 +8,7 @@ struct WideStrassenKernel {
 
   struct Pair {
     int64_t first, rows[2];  // pixels: the first, and those of either block
-    WideRun x[2];            // all channels of both blocks of the one and the other image
+    WideRun<float> x[2];     // all channels of both blocks of the one and the other image
     const float* made[kStrassenProducts];  // left operands that do not lie in the images
     alignas(64) float u[kWideSums], w[kWideSums];
   };
@@ -46,7 +46,7 @@ struct WideStrassenKernel {
         const float* ahead =
             weights(conv, further ? column : next_column, further ? product + 1 : 0);
         for (int64_t i = 0; i < count; ++i) {
-          WideTile tile{};
+          WideTile<float> tile{};
           if (writes && (i + 1 < count || further)) {
             const bool next = i + 1 == count;
             fetch_outputs(conv, pairs[next ? 0 : i + 1], column, product + next, tile);
@@ -104,7 +104,7 @@ struct WideStrassenKernel {
     }
     for (int64_t r = 0; r < kWideRows; ++r) {
       int64_t at = r * row;
-      for (const WideRun& x : pair.x) {
+      for (const WideRun<float>& x : pair.x) {
         const float *upper = x.data + r * x.row, *lower = upper + kWideRows * x.row;
         const int64_t n = x.length / 2;
         strassen_sums(upper, upper + n, lower, lower + n, n, sums[0] + at, sums[1] + at,
@@ -116,7 +116,7 @@ struct WideStrassenKernel {
 
   // What a product adds to and writes is fetched meanwhile.
   static void fetch_outputs(const Conv& conv, const Pair& pair, int64_t column, int product,
-                            WideTile& tile) {
+                            WideTile<float>& tile) {
     const bool lower = kStrassen[product].lower;
     if (!kStrassen[product].writes || pair.rows[lower] < kWideRows) return;
     const int64_t first = pair.first + lower * kWideRows, k = channel(column, product);
@@ -131,7 +131,7 @@ struct WideStrassenKernel {
   }
 
   static void multiply(const Conv& conv, Pair& pair, int64_t column, int product, bool writes,
-                       WideTile& tile) {
+                       WideTile<float>& tile) {
     const bool lower = kStrassen[product].lower;
     const int64_t rows = pair.rows[lower];
     if (rows == 0) return;
@@ -177,7 +177,7 @@ struct WideStrassenKernel {
   // A tile of fewer rows, of pixels that do not follow each other or of another end, by way of
   // memory.
   __attribute__((noinline)) static void multiply_part(const Conv& conv, int64_t first, int64_t rows,
-                                                      int64_t k, WideTile& tile) {
+                                                      int64_t k, WideTile<float>& tile) {
     alignas(64) float part[kWideSums] = {};
     const auto each_pixel = [&](auto&& fn) {
       for (int64_t r = 0; r < rows; ++r) {

@@ -9,14 +9,17 @@ constexpr int64_t kWideColumns = kWideVectors * kLanes;
 static_assert(kWideColumns == 2 * kPanel, "two panels");
 constexpr int64_t kWideSums = kWideRows * kWideColumns;
 constexpr int kWideSteps = 8;  // of the reduction, between two rows that are fetched
+template <class E>
+constexpr int64_t kWideStep = kWideSteps * kPerWord<E>;
 
-// Rows of operands: `length` of each, a multiple of kWideSteps.
+// Rows of operands: `length` of each, a multiple of kWideStep.
+template <class E>
 struct WideRun {
-  const float* data;
+  const E* data;
   int64_t row, length;
 };
 
-// Rows of output: the columns of the first panel, and `right` floats behind them those of the
+// Rows of output: the columns of the first panel, and `right` values behind them those of the
 // second one.
 template <typename T>
 struct WideRows {
@@ -29,33 +32,40 @@ struct WideRows {
   }
 };
 
+// T: of images and operands.
+template <class T>
 struct WideTile {
-  WideRun runs[2];            // one behind the other; the second may have length 0
-  const float *left, *right;  // packed panels
+  WideRun<T> runs[2];     // one behind the other; the second may have length 0
+  const T *left, *right;  // packed panels
   // What becomes of the sums, arrays of kWideRows x kWideColumns: `base`, if any, is added, then
   // they go to `sums` or, where that is null, with bias and residual through max(low, .) to y.
-  // Strassen's product 5 has u and w: it is added to u, and what it makes of w goes to y.
+  // Strassen's product 5 has u and w: it is added to u, and what it makes of w goes to y. Of
+  // bfloat16 all go to y.
   const float* base;
   float *sums, *u, *w;
   const float* bias;
-  WideRows<const float> residual;
-  WideRows<float> y;
+  WideRows<const T> residual;
+  WideRows<T> y;
   float low;
   // What is fetched meanwhile: rows of the next tile, and every few steps `lines` of either place.
-  WideRows<const float> next_residual, next_y;
-  const float* ahead[2];
+  WideRows<const T> next_residual, next_y;
+  const T* ahead[2];
   int64_t lines;
 };
 
-FASTSEG_INLINE void fetch_row(WideRows<const float>& rows) {
+template <class T>
+FASTSEG_INLINE void fetch_row(WideRows<const T>& rows) {
   if (!rows.data) return;
+  constexpr int kStep = sizeof(float) / sizeof(T);  // vectors in a line
 #pragma GCC unroll 4
-  for (int v = 0; v < kWideVectors; ++v) __builtin_prefetch(rows.at(0, v), 0, 2);
+  for (int v = 0; v < kWideVectors; v += kStep) __builtin_prefetch(rows.at(0, v), 0, 2);
   rows.data += rows.row;
 }
 
 // One function for all that becomes of the sums: it is inlined nowhere, as its loop would be.
-__attribute__((noinline)) static void wide_tile(const WideTile& tile) {
+template <class T>
+__attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
   const auto each = [](auto&& fn) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int r = 0; r < kWideRows; ++r) {
@@ -70,7 +80,7 @@ __attribute__((noinline)) static void wide_tile(const WideTile& tile) {
   Vec sums[kWideRows][kWideVectors], total[kWideRows][kWideVectors];
   bool has_total = false;
   int64_t terms = 0;  // in the sums, the others are in the total
-  if (tile.sums || tile.u) {
+  if (kFloat && (tile.sums || tile.u)) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = Vec{}; });
     for (int r = 0; tile.u && r < kWideRows; ++r) {
       for (int v = 0; v < kWideVectors; ++v) {
@@ -87,63 +97,65 @@ __attribute__((noinline)) static void wide_tile(const WideTile& tile) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = load(biases.at(0, v)); });
   }
 
-  const float *left = tile.left, *right = tile.right;
-  const float *ahead = tile.ahead[0], *ahead_too = tile.ahead[1];
-  WideRows<const float> residual = tile.next_residual, y = tile.next_y;
+  const T *left = tile.left, *right = tile.right;
+  const T *ahead = tile.ahead[0], *ahead_too = tile.ahead[1];
+  WideRows<const T> residual = tile.next_residual, y = tile.next_y;
   int rows_left = kWideRows;
-  for (const WideRun& run : tile.runs) {
+  for (const WideRun<T>& run : tile.runs) {
     int64_t row = run.row;
-    const float *a = run.data, *a3 = a + 3 * row;
-    for (int64_t d = 0; d < run.length; d += kWideSteps, terms += kWideSteps) {
-      if (terms == kGemmTerms) {
+    const T *a = run.data, *a3 = a + 3 * row;
+    for (int64_t d = 0; d < run.length; d += kWideStep<T>, terms += kWideSteps) {
+      if (kShortSums<T> && terms == kGemmTerms) {
         add_to_total(sums, total, has_total);
         has_total = true;
         terms = 0;
       }
-      if (rows_left > 0) {
-        --rows_left;
+      constexpr int kRowsAtOnce = sizeof(float) / sizeof(T);  // as many lines
+      for (int r = 0; r < kRowsAtOnce && rows_left > 0; ++r, --rows_left) {
         fetch_row(residual);
         fetch_row(y);
       }
       for (int64_t i = 0; i < tile.lines; ++i) {
         __builtin_prefetch(ahead, 0, 2);
         __builtin_prefetch(ahead_too, 0, 2);
-        ahead += kGroup, ahead_too += kGroup;
+        ahead += kLine<T>, ahead_too += kLine<T>;
       }
 #pragma GCC unroll 8
       for (int l = 0; l < kWideSteps; ++l) {
-        Vec columns[kWideVectors];
+        decltype(load_words(left)) columns[kWideVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kWideVectors; ++v) {
-          columns[v] = load((v < 2 ? left : right) + v % 2 * kLanes + l * kPanel);
+          const T* panel = v < 2 ? left : right;
+          columns[v] = load_words(panel + (v % 2 * kLanes + l * kPanel) * kPerWord<T>);
         }
         asm("" : "+r"(row));  // as in gemm_tile.inl
 #pragma GCC unroll 6
         for (int r = 0; r < kWideRows; ++r) {
-          const auto scalar = broadcast(load_word((r < 3 ? a : a3) + r % 3 * row + l));
+          const auto scalar =
+              broadcast(load_word((r < 3 ? a : a3) + r % 3 * row + l * kPerWord<T>));
 #pragma GCC unroll 4
           for (int v = 0; v < kWideVectors; ++v) {
             sums[r][v] = multiply_add(sums[r][v], scalar, columns[v]);
           }
         }
       }
-      a += kWideSteps, a3 += kWideSteps;
-      left += kWideSteps * kPanel, right += kWideSteps * kPanel;
+      a += kWideStep<T>, a3 += kWideStep<T>;
+      left += kWideStep<T> * kPanel, right += kWideStep<T> * kPanel;
     }
   }
 
-  if (has_total) {
+  if (kShortSums<T> && has_total) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] += total[r][v]; });
   }
-  if (tile.base) {
+  if (kFloat && tile.base) {
     each([&](int r, int v)
              __attribute__((always_inline)) { sums[r][v] += load(at(tile.base, r, v)); });
   }
-  if (tile.sums) {
+  if (kFloat && tile.sums) {
     return each([&](int r, int v)
                     __attribute__((always_inline)) { store(at(tile.sums, r, v), sums[r][v]); });
   }
-  if (tile.u) {
+  if (kFloat && tile.u) {
     each([&](int r, int v) __attribute__((always_inline)) {
       store(at(tile.u, r, v), load(at(tile.u, r, v)) + sums[r][v]);
       sums[r][v] += load(at(tile.w, r, v));
