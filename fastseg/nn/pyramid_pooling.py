@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.conv_engine import PackedConv, conv_engine, pack_matrix
 from .aspp import check_pooled_batch
 from .conv_bn import ConvBNReLU2d
 
@@ -119,6 +120,7 @@ class PyramidConv2d(nn.Module):
         weight = pyramid_weight(weight.detach(), len(bins)).contiguous()
         self.register_buffer("weight", weight, persistent=False)
         self.place: Any = None  # a fastseg.memory_plan.Place
+        self._packed: dict[int, PackedConv] = {}
 
     def forward(self, grids: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         dtype = grids[0].dtype  # the grids are small: a lower precision would save nothing
@@ -126,7 +128,7 @@ class PyramidConv2d(nn.Module):
         if not self.weight.is_cpu or any(grid.requires_grad for grid in grids):
             y = pyramid_conv(grids, self.weight, self.kernel_size, size, self.align_corners)
             return y.to(dtype)
-        values = [F.linear(g.movedim(1, 3), w) for g, w in zip(grids, self.weight, strict=True)]
+        values = [self._values(i, grid) for i, grid in enumerate(grids)]
         shape = (values[0].shape[0], self.out_channels, *size)
         if self.place is not None and self.place.dtype == dtype == self.weight.dtype:
             out = self.place.image(shape)
@@ -134,6 +136,18 @@ class PyramidConv2d(nn.Module):
             out = torch.empty(shape, dtype=self.weight.dtype, memory_format=torch.channels_last)
         torch.ops.fastseg.pyramid_spread_out(values, out, self.kernel_size, self.align_corners)
         return out.to(dtype)
+
+    def _values(self, i: int, grid: Tensor) -> Tensor:
+        """What each cell of a grid contributes to each tap and output, (N, bin, bin, k * k * O)."""
+        if self.weight.dtype != torch.float32:
+            return F.linear(grid.movedim(1, 3), self.weight[i])
+        if i not in self._packed:
+            with torch.inference_mode(False):
+                self._packed[i] = pack_matrix(self.weight[i].T)
+        return conv_engine(grid, self._packed[i]).movedim(1, 3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}  # copies pack anew
 
 
 @torch.library.register_fake("fastseg::grid_pool")

@@ -52,9 +52,9 @@ def optimize(
             them, nor is a last resize or a map that it is too coarse for (:mod:`.constants`);
             floating-point inputs are cast, results are float32.
         accuracy: "default" allows Winograd's F(6, 3), whose error is at most 1e-5 of the largest
-            output per layer, in networks that unpool maxima to their places F(4, 3); "strict" only
-            what rounds no more than torch's own convolution; "fast" is the default but for bfloat16
-            on some processors, see :mod:`fastseg.ops.conv_choice`.
+            output per layer, in layers before a maximum that is unpooled to its place F(4, 3);
+            "strict" only what rounds no more than torch's own convolution; "fast" is the default
+            but for bfloat16 on some processors, see :mod:`fastseg.ops.conv_choice`.
 
     Returns:
         The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.

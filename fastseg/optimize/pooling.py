@@ -15,6 +15,7 @@ from ..nn.pooling import MaxPool2d, MaxUnpool2d
 from .fusion import Report, argument, module_of
 from .max_pools import Unpool
 
+UNPOOLINGS = (MaxUnpool2d, nn.MaxUnpool2d, Unpool)
 WINDOWS = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0)}
 
 
@@ -94,29 +95,29 @@ def unpool_inputs(traced: fx.GraphModule, report: Report) -> None:
         report.append((str(reader.target), "unpools its input in the same pass"))
 
 
-def decide_maxima(network: nn.Module) -> list[nn.Module]:
+def decide_maxima(network: nn.Module) -> list[PackedConv2d]:
     """The convolutions of an optimised network whose results decide where an unpooling puts its
     values: those that the indices come from, or all where that cannot be seen."""
-    kinds = (MaxUnpool2d, nn.MaxUnpool2d, Unpool)
-    unpools = {m for m in network.modules() if isinstance(m, kinds)}
+    convs = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    if not isinstance(network, fx.GraphModule):
+        return convs
+    unseen = {m for m in network.modules() if isinstance(m, UNPOOLINGS)}
     deciding: dict[fx.Node, None] = {}  # a set in order
-    for node in network.graph.nodes if isinstance(network, fx.GraphModule) else ():
-        module = module_of(network, node)
-        unpool = module.unpool if isinstance(module, UnpooledConv2d) else module
-        if node.target is F.max_unpool2d or isinstance(
-            unpool, MaxUnpool2d | nn.MaxUnpool2d | Unpool
-        ):
+    for node in network.graph.nodes:
+        called = module_of(network, node)
+        unpool = called.unpool if isinstance(called, UnpooledConv2d) else called
+        if node.target is F.max_unpool2d or isinstance(unpool, UNPOOLINGS):
             deciding[argument(node, 1, "indices")] = None
-            unpools.discard(unpool)
-    if unpools or not deciding:
-        return [m for m in network.modules() if isinstance(m, PackedConv2d)]
+            unseen -= {unpool}
+    if unseen or not deciding:
+        return convs
     ahead = list(deciding)
     while ahead:
         sources = [n for n in ahead.pop().all_input_nodes if n not in deciding]
         deciding |= dict.fromkeys(sources)
         ahead += sources
-    called = [m for m in (module_of(network, node) for node in deciding) if m is not None]
-    return [conv for m in called for conv in m.modules() if isinstance(conv, PackedConv2d)]
+    parts = {m for node in deciding if (part := module_of(network, node)) for m in part.modules()}
+    return [conv for conv in convs if conv in parts]
 
 
 def _is_2x2(module: Any) -> bool:
