@@ -292,7 +292,9 @@ struct WinogradKernel {
   static void transform_output(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
                                const Block& block, const float* m, int64_t point_stride) {
     m += first_point(block) * point_stride;
-    const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, conv.stream};
+    // Two vectors of bfloat16 make a line, and a whole tile comes between them.
+    const bool stream = conv.stream && sizeof(T) == sizeof(float);
+    const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, stream};
     const int64_t y_row = conv.dilation_h * conv.y.row, y_pixel = conv.dilation_w * conv.y.pixel;
     const int64_t r_row = conv.dilation_h * conv.residual.row;
     const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
