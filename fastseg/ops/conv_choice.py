@@ -53,29 +53,33 @@ F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinit
 ===================  ========  ===========================
 
 F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16, and so does Strassen's algorithm
-(one product of 1024 channels 6.3e-3 root mean square instead of 2.3e-3; PSPNet as a whole 1.26
-times torch's error). F(4, 3) loses more in a layer, 1.2e-2, but there are fewer of them: in whole
-networks the rounding of the activations is the larger part. Random weights with the statistics of
-random images, root mean square error of the logits against float64, relative to that of torch's
-eager bfloat16 network, for float32 products and for the three values of ``accuracy`` with bfloat16
-products (AMD, Zen 4):
+(simulated: one product of 1024 channels 6.3e-3 root mean square instead of 2.3e-3, PSPNet as a
+whole 1.26 times torch's error). F(4, 3) loses 1.2e-2 in a layer; in whole networks the rounding of
+the activations is the larger part. Random weights with the statistics of random images, root mean
+square error of the logits against float64, relative to that of torch's eager bfloat16 network, for
+float32 products and for the three values of ``accuracy`` with bfloat16 products (AMD, Zen 4, three
+seeds, images of 256 to 320 pixels):
 
 ==================  ========  =================  ========  =========  ======
 network             autocast  float32 products   "strict"  "default"  "fast"
 ==================  ========  =================  ========  =========  ======
-NETWORKS
+deeplabv3_resnet50  1.01      0.49               0.69      0.84       0.84
+fcn_resnet50        0.94      0.48               0.62      0.79       0.79
+pspnet_resnet50     1.03      0.50               0.71      0.88       0.88
+segnet_vgg16        1.00      0.87               0.88      0.92       1.24
+u2netp              0.85      0.61               0.66      0.81       0.81
 ==================  ========  =================  ========  =========  ======
 
-Networks that unpool maxima keep F(4, 3) from bfloat16 products in the layers that these come from,
-which is what their "fast" does without.
+The layers from which unpooled maxima come are kept from F(4, 3) with bfloat16 products; what SegNet
+loses without that is in its "fast".
 
 What is chosen with AMX, computed with avx512_bf16 (one seed, in this order): "strict" and "default"
 0.87, 0.87, 0.73, 0.95, "fast" 1.04, 0.89, 0.72, 1.12.
 
 U2-Net-p with its trained weights, on 13 photos: 0.006 to 0.014 of the root mean square logit by
-each of these but "fast" (up to 0.022), torch's eager network 0.10 to 0.24, under autocast 0.17 to
-0.39, OpenVINO 0.09 to 0.19. There a large constant was rounded, which ``fastseg.optimize`` keeps
-float32; with it rounded ours were off by 0.13 to 0.30.
+each of these, up to 0.022 where F(4, 3) has bfloat16 products; torch's eager network 0.10 to 0.24,
+under autocast 0.17 to 0.39, OpenVINO 0.09 to 0.19. There a large constant was rounded, which
+``fastseg.optimize`` keeps float32; with it rounded ours were off by 0.13 to 0.30.
 """
 
 from collections.abc import Sequence
