@@ -128,7 +128,7 @@ void run_strassen(const Conv& conv) {
   const auto kernel = FASTSEG_ISA_CALL(StrassenKernel<Conv>::run);
   parallel_tasks(parts * panel_parts, [&](int64_t task) {
     const int64_t part = task / panel_parts, panel_part = task % panel_parts;
-    const int64_t next = std::min(part + threads, parts - 1);
+    const int64_t next = std::min(part + 1, parts - 1);
     kernel(conv, part_begin(pairs, parts, part), part_begin(pairs, parts, part + 1),
            part_begin(pairs, parts, next), part_begin(panels, panel_parts, panel_part),
            part_begin(panels, panel_parts, panel_part + 1),
