@@ -291,7 +291,7 @@ def _choose_bfloat16(
     are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
     are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
     how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3).
-    On Zen 4, 65x65, of oneDNN's speed, strict and default: 64 channels at 129x129 1.9 and 2.6, 128
+    On Zen 4, 65x65, of oneDNN's speed, strict and default: 64 channels at 129x129 1.9 and 2.4, 128
     2.0 and 2.9, 256 1.8 and 2.9, 512 1.9 and 3.1.
 
     With AMX a product costs a twelfth, which leaves little that a transform can save: float32 ones
