@@ -200,6 +200,20 @@ def test_random_shapes(seed):
     check(tensors, tile, products, largest_of_many, **options)
 
 
+@pytest.mark.parametrize(
+    ("C", "K", "kernel", "stride"),
+    [(2048, 128, 1, 1), (64, 128, 1, 1), (3, 48, 7, 2), (1, 32, 5, 1), (6, 32, 5, 1)],
+)
+def test_how_pixels_are_read(C, K, kernel, stride, products, cpu_isa):
+    """Pixels 4 KB apart, by the wide tile, and kernel rows of less than a line of channels."""
+    options = {"padding": (kernel // 2,) * 2, "stride": (stride,) * 2, "activation": "relu"}
+    tensors = case(2, C, 11, 23, K, (kernel, kernel), **options)
+    before = _C.kernel_counts().get("conv_engine.wide", 0)
+    check(tensors, 0, products, **options)
+    wide = _C.kernel_counts().get("conv_engine.wide", 0) > before
+    assert wide == (C == 64 and products == BF16 and cpu_isa == "avx512_bf16")
+
+
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("fast", [False, True])
 def test_strict_is_as_accurate_as_torch(kernel, fast, fast_products, cpu_isa):
