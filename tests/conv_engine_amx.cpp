@@ -32,6 +32,12 @@ namespace winograd {
 #include "common/foreach_isa.inl"
 }  // namespace winograd
 
+namespace line {
+#define FASTSEG_KERNEL_FILE "conv_engine/winograd_1d_kernel.inl"
+#define FASTSEG_KERNEL_BF16
+#include "common/foreach_isa.inl"
+}  // namespace line
+
 using Conv = Convolution<BFloat16, BFloat16>;
 
 // Memory behind which no page is mapped: who reads on ends the process. What was not written is
@@ -85,6 +91,16 @@ void run_winograd(Conv& conv, int64_t tile, int64_t tasks) {
       Kernel::run(conv, grid, begin, end, reinterpret_cast<float*>(memory.data));
     }
   });
+}
+
+void run_line(Conv& conv, int64_t tasks) {
+  using Kernel = line::amx::Winograd1dKernel<Conv>;
+  const int64_t lines = conv.N * (conv.S == 1 ? conv.W : conv.H), parts = std::min(tasks, lines);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part_begin(lines, parts, part), end = part_begin(lines, parts, part + 1);
+    const Guarded memory(round_up(Kernel::scratch_size(conv, end - begin), 16) * sizeof(float));
+    Kernel::run(conv, begin, end, reinterpret_cast<float*>(memory.data));
+  }
 }
 
 }  // namespace
@@ -153,6 +169,8 @@ extern "C" __attribute__((visibility("default"))) int64_t run(const int64_t* num
   const int64_t before = state.configured;
   if (tile == 0) {
     run_gemm(conv, tasks, panels_first);
+  } else if (tile == kLineTile) {
+    run_line(conv, tasks);
   } else {
     run_winograd(conv, tile, tasks);
   }

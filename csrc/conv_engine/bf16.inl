@@ -48,6 +48,36 @@ FASTSEG_INLINE void store_stream(BFloat16* p, Vec v) {
 #endif
 }
 
+// Vectors that are stored at once: two of bfloat16 make a line.
+template <typename T>
+constexpr int kTogether = FASTSEG_ISA_LEVEL >= 2 && sizeof(T) == 2 ? 2 : 1;
+
+template <typename T>
+FASTSEG_INLINE void store(T* p, const Vec (&v)[1]) {
+  store(p, v[0]);
+}
+template <typename T>
+FASTSEG_INLINE void store_stream(T* p, const Vec (&v)[1]) {
+  store_stream(p, v[0]);
+}
+FASTSEG_INLINE void store(BFloat16* p, const Vec (&v)[2]) {
+#if FASTSEG_ISA_LEVEL >= 3
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]));
+#else
+  store(p, v[0]);
+  store(p + kLanes, v[1]);
+#endif
+}
+FASTSEG_INLINE void store_stream(BFloat16* p, const Vec (&v)[2]) {
+#if FASTSEG_ISA_LEVEL >= 3
+  const auto line = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+#else
+  store_stream(p, v[0]);
+  store_stream(p + kLanes, v[1]);
+#endif
+}
+
 FASTSEG_INLINE Vec load_part(const BFloat16* p, int64_t n) {
 #if FASTSEG_ISA_LEVEL >= 2
   const auto mask = static_cast<__mmask16>(n <= 0 ? 0 : (1u << n) - 1);

@@ -111,7 +111,7 @@ void run_one(const Conv& conv, int64_t tile) {
     run_gemm(conv);
   } else if (tile == kLineTile) {
     FASTSEG_COUNT("conv_engine.winograd_1d");
-    if constexpr (kFloat) run_winograd_1d(conv);
+    run_winograd_1d(conv);
   } else {
     FASTSEG_COUNT("conv_engine.winograd");
     run_winograd(conv, tile);

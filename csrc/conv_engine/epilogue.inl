@@ -110,9 +110,9 @@ FASTSEG_INLINE Vec finish(const Conv& conv, Vec sums, Vec bias, Vec residual) {
   return activate(sums + bias + residual, conv.activation, conv.slope);
 }
 
-// One vector of output.
-template <class Conv>
-FASTSEG_INLINE void store_output(const Conv& conv, Vec v, typename Conv::Storage* y) {
+// One vector of output, or those that are stored at once.
+template <class Conv, class V>
+FASTSEG_INLINE void store_output(const Conv& conv, const V& v, typename Conv::Storage* y) {
   if (conv.stream) {
     store_stream(y, v);
   } else {

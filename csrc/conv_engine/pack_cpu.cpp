@@ -49,10 +49,11 @@ int64_t panel_index(int64_t d, int64_t column) {
 }
 
 // taps: the length of the k x 1 or 1 x k kernel.
-void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  const auto pack = FASTSEG_ISA_CALL(pack_winograd_line);
-  parallel_tasks(ceil_div(C, kGroup),
-                 [&](int64_t group) { pack(weight, K, C, taps, group * kGroup, packed); });
+template <typename E>
+void pack_winograd_1d(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
+  const auto pack = FASTSEG_ISA_CALL(pack_winograd_line<E>);
+  parallel_tasks(ceil_div(C, kLine<E>),
+                 [&](int64_t line) { pack(weight, K, C, taps, line * kLine<E>, packed); });
 }
 
 template <typename E>
@@ -137,7 +138,7 @@ void pack_weight(const Weights& weights, int64_t tile, int64_t strassen, E* pack
   } else if (tile == kGroupedTile) {
     if constexpr (std::is_same_v<E, float>) pack_grouped(weights.data, K, C, taps, packed);
   } else if (tile == kLineTile) {
-    if constexpr (std::is_same_v<E, float>) pack_winograd_1d(weights.data, K, C, taps, packed);
+    pack_winograd_1d(weights.data, K, C, taps, packed);
   } else {
     dispatch_tile<E>(tile,
                      [&](auto pair) { pack_winograd(weights, WeightTransform(pair), packed); });

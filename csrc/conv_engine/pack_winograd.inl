@@ -40,28 +40,30 @@ static void pack_winograd_panel(const Weights& weights, const WeightTransform& t
   }
 }
 
-// Channels [first, first + kGroup) of weights (K, C, taps) to the form of Winograd1dKernel, padding
+// Channels [first, first + kLine) of weights (K, C, taps) to the form of Winograd1dKernel, padding
 // included. Points are the lanes here: a point by itself would gather its taps one by one.
+template <typename E>
 static void pack_winograd_line(const float* weight, int64_t K, int64_t C, int64_t taps,
-                               int64_t first, float* packed) {
-  using Scheme = Winograd<5, 5>;
+                               int64_t first, E* packed) {
+  using Scheme = LineScheme<E>;
+  constexpr int kTaps = Scheme::kKernel;                      // of a group
   constexpr int kProducts = Scheme::kProducts, kPoints = 16;  // padded
-  double rows[5][kPoints] = {};
+  double rows[kTaps][kPoints] = {};
   for (int i = 0; i < kProducts; ++i) {
-    double row[5];
+    double row[kTaps];
     Scheme::weight_row(i, row);
-    for (int j = 0; j < 5; ++j) rows[j][i] = row[j];
+    for (int j = 0; j < kTaps; ++j) rows[j][i] = row[j];
   }
-  const int64_t depth = round_up(C, kGroup), columns = ceil_div(taps, 5) * K;
+  const int64_t depth = round_up(C, kLine<E>), columns = ceil_div(taps, kTaps) * K;
   for (int64_t column = 0; column < columns; column += kPanel) {
-    float* panel = packed + column * kProducts * depth;
-    for (int64_t c = first; c < first + kGroup; ++c) {
+    E* panel = packed + column * kProducts * depth;
+    for (int64_t c = first; c < first + kLine<E>; ++c) {
       alignas(64) float u[kPanel][kPoints] = {};
       for (int64_t i = 0; i < kPanel && column + i < columns && c < C; ++i) {
-        const int64_t k = (column + i) % K, tap = (column + i) / K * 5;
+        const int64_t k = (column + i) % K, tap = (column + i) / K * kTaps;
         const float* w = weight + (k * C + c) * taps + tap;
         double sums[kPoints] = {};
-        for (int64_t j = 0; j < (taps - tap < 5 ? taps - tap : 5); ++j) {
+        for (int64_t j = 0; j < (taps - tap < kTaps ? taps - tap : kTaps); ++j) {
 #pragma GCC unroll 16
           for (int point = 0; point < kPoints; ++point) sums[point] += rows[j][point] * w[j];
         }
@@ -70,8 +72,8 @@ static void pack_winograd_line(const float* weight, int64_t K, int64_t C, int64_
         }
       }
       for (int point = 0; point < kProducts; ++point) {
-        float* dst = panel + (point * depth + c) * kPanel;
-        for (int64_t i = 0; i < kPanel; ++i) dst[i] = u[i][point];
+        E* dst = panel + (point * depth + c / kPerWord<E> * kPerWord<E>)*kPanel + c % kPerWord<E>;
+        for (int64_t i = 0; i < kPanel; ++i) dst[i * kPerWord<E>] = static_cast<E>(u[i][point]);
       }
     }
   }

@@ -30,7 +30,7 @@
 namespace fastseg {
 namespace conv_engine {
 
-// Instantiated for the three kinds of Convolution, winograd_1d for float32 products alone.
+// Instantiated for the three kinds of Convolution.
 template <class Conv>
 void run_gemm(const Conv& conv);
 // Matrix products of one image whose results none of them reads, each as run_gemm does it.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "conv_engine/conv_engine.h"
 
@@ -59,6 +60,7 @@ template <int kOutputs, int kTaps = 3, class Points = WinogradPoints<kOutputs, k
           int kFirst = 0>
 struct Winograd {
   static constexpr int kOut = kOutputs;
+  static constexpr int kKernel = kTaps;
   static constexpr int kIn = kOut + kTaps - 1;
   static constexpr int kProducts = kIn;
   static constexpr int kOffset = 0;            // first input, counted from the first tap
@@ -115,6 +117,10 @@ struct Winograd {
     return result;
   }
 };
+
+// The one-dimensional form (winograd_1d.inl) of operands E. F(5, 5) loses too much of bfloat16.
+template <typename E>
+using LineScheme = std::conditional_t<std::is_same_v<E, float>, Winograd<5, 5>, Winograd<3, 3>>;
 
 // Two outputs between zero borders: where the dilation is at least half of the image, a sub-grid
 // has two pixels and everything around them is padding. With d0, d1 for those and taps g the

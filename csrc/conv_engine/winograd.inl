@@ -259,22 +259,32 @@ struct WinogradKernel {
   template <class Source, class Y, class X>
   static void transform_group(Y tile_y, X tile_x, const Source& src, int64_t c, E* dst,
                               int64_t point_stride) {
-    for (int64_t l = 0; l < kLine<E>; l += kLanes) {
-      Vec columns[Y::kProducts][X::kIn];
-      for_rows<X::kIn, kInRegisters>([&](int j) __attribute__((always_inline)) {
-        Vec d[Y::kIn], v[Y::kProducts];
-        src.column(j, c + l, d);
-        input_transform(tile_y, d, v);
+    constexpr int kCount = kTogether<E>;
+    for (int64_t l = 0; l < kLine<E>; l += kCount * kLanes) {
+      Vec columns[kCount][Y::kProducts][X::kIn];
+#pragma GCC unroll 2
+      for (int h = 0; h < kCount; ++h) {
+        for_rows<X::kIn, kInRegisters>([&](int j) __attribute__((always_inline)) {
+          Vec d[Y::kIn], v[Y::kProducts];
+          src.column(j, c + l + h * kLanes, d);
+          input_transform(tile_y, d, v);
 #pragma GCC unroll 8
-        for (int i = 0; i < Y::kProducts; ++i) columns[i][j] = v[i];
-      });
+          for (int i = 0; i < Y::kProducts; ++i) columns[h][i][j] = v[i];
+        });
+      }
       for_rows<Y::kProducts, kInRegisters>([&](int i) __attribute__((always_inline)) {
-        Vec v[X::kProducts];
-        input_transform(tile_x, columns[i], v);
-        E* row = dst + i * kProducts * point_stride + l;
-        asm("" : "+r"(row));  // else every point takes an address of its own, kept on the stack
+        Vec row[X::kProducts][kCount];
+#pragma GCC unroll 2
+        for (int h = 0; h < kCount; ++h) {
+          Vec v[X::kProducts];
+          input_transform(tile_x, columns[h][i], v);
 #pragma GCC unroll 8
-        for (int j = 0; j < X::kProducts; ++j) store(row + j * point_stride, v[j]);
+          for (int j = 0; j < X::kProducts; ++j) row[j][h] = v[j];
+        }
+        E* to = dst + i * kProducts * point_stride + l;
+        asm("" : "+r"(to));  // else every point takes an address of its own, kept on the stack
+#pragma GCC unroll 8
+        for (int j = 0; j < X::kProducts; ++j) store(to + j * point_stride, row[j]);
       });
     }
   }
@@ -292,47 +302,53 @@ struct WinogradKernel {
   static void transform_output(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
                                const Block& block, const float* m, int64_t point_stride) {
     m += first_point(block) * point_stride;
-    // Two vectors of bfloat16 make a line, and a whole tile comes between them.
-    const bool stream = conv.stream && sizeof(T) == sizeof(float);
-    const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, stream};
+    // Halves of a line of bfloat16 that a whole tile comes between are not written past the caches.
+    const bool whole = sizeof(T) == sizeof(float) || (kTogether<T> == 2 && !conv.pooled.data);
+    const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, conv.stream && whole};
     const int64_t y_row = conv.dilation_h * conv.y.row, y_pixel = conv.dilation_w * conv.y.pixel;
     const int64_t r_row = conv.dilation_h * conv.residual.row;
     const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
     Corner corner(grid, block);
     for (int64_t r = 0; r < block.rows; ++r, m += row_size(conv), corner.next()) {
-      const bool inside = conv.K % kLanes == 0 &&
-                          corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
+      const bool inside = corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
                           corner.x + (X::kOut - 1) * conv.dilation_w < conv.Wo;
       T* y0 = inside && conv.y.data ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
       const T* residual0 =
           inside && conv.residual.data ? conv.residual.at(corner.n, corner.y, corner.x) : nullptr;
       for (int64_t k = 0; k < conv.K; k += kPanel) {
-        if (inside && conv.pooled.data) {
+        if (inside && conv.pooled.data && columns(conv, k) % kLanes == 0) {
           for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
             pool_channels(tile_y, tile_x, conv, epilogue, corner, k + l, m + k + l, point_stride);
           }
           continue;
         }
-        if (inside) {
-          for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-            const Vec bias = load(conv.bias + k + l);
+        constexpr int kCount = kTogether<T>;
+        if (inside && !conv.pooled.data && columns(conv, k) % (kCount * kLanes) == 0) {
+          for (int64_t l = 0; l < columns(conv, k); l += kCount * kLanes) {
+            Vec bias[kCount];
+#pragma GCC unroll 2
+            for (int h = 0; h < kCount; ++h) bias[h] = load(conv.bias + k + l + h * kLanes);
             T* y = y0 + k + l;
             const T* residual = residual0 ? residual0 + k + l : nullptr;
-            inverse_transform(tile_y, tile_x, m + k + l, point_stride, [&](int i, int j, Vec v) {
-              Vec added{};
-              if (residual) added = load(residual + i * r_row + j * r_pixel);
-              v = finish(epilogue, v, bias, added);
-              T* to = y + i * y_row;
-              asm("" : "+r"(to));  // as above
-              store_output(epilogue, v, to + j * y_pixel);
-            });
+            inverse_transform<kCount>(
+                tile_y, tile_x, m + k + l, point_stride, [&](int i, int j, Vec(&v)[kCount]) {
+#pragma GCC unroll 2
+                  for (int h = 0; h < kCount; ++h) {
+                    Vec added{};
+                    if (residual) added = load(residual + i * r_row + j * r_pixel + h * kLanes);
+                    v[h] = finish(epilogue, v[h], bias[h], added);
+                  }
+                  T* to = y + i * y_row;
+                  asm("" : "+r"(to));  // as above
+                  store_output(epilogue, v, to + j * y_pixel);
+                });
           }
           continue;
         }
         alignas(64) float sums[Y::kOut][X::kOut][kPanel];
         for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-          inverse_transform(tile_y, tile_x, m + k + l, point_stride,
-                            [&](int i, int j, Vec v) { store(sums[i][j] + l, v); });
+          inverse_transform<1>(tile_y, tile_x, m + k + l, point_stride,
+                               [&](int i, int j, const Vec(&v)[1]) { store(sums[i][j] + l, v); });
         }
         if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
           if (conv.pooled.data) {
@@ -370,10 +386,10 @@ struct WinogradKernel {
       uint8_t* codes = at(code_image, corner.y / 2, corner.x / 2);
       const Vec bias = load(conv.bias + channel);
       Vec row[2][X::kOut];
-      inverse_transform(tile_y, tile_x, m, point_stride, [&](int i, int j, Vec v) {
+      inverse_transform<1>(tile_y, tile_x, m, point_stride, [&](int i, int j, const Vec(&sum)[1]) {
         Vec added{};
         if (residual) added = load(residual + i * residual_image.row + j * residual_image.pixel);
-        v = rounded<T>(finish(epilogue, v, bias, added));
+        const Vec v = rounded<T>(finish(epilogue, sum[0], bias, added));
         if (y) store_output(epilogue, v, y + i * image.row + j * image.pixel);
         row[i % 2][j] = v;
         if (i % 2 == 0 || j % 2 == 0) return;
@@ -384,26 +400,35 @@ struct WinogradKernel {
     }
   }
 
-  // kLanes channels of one tile.
-  template <class Y, class X, class Out>
+  // kCount * kLanes channels of one tile.
+  template <int kCount, class Y, class X, class Out>
   FASTSEG_INLINE void inverse_transform(Y tile_y, X tile_x, const float* m, int64_t point_stride,
                                         const Out& out) {
-    Vec half[Y::kOut][X::kProducts];
+    Vec half[kCount][Y::kOut][X::kProducts];
     for_rows<X::kProducts, kInRegisters>([&](int j) __attribute__((always_inline)) {
-      Vec p[Y::kProducts], y[Y::kOut];
-      const float* column = m + j * point_stride;
-      asm("" : "+r"(column));
+#pragma GCC unroll 2
+      for (int h = 0; h < kCount; ++h) {
+        Vec p[Y::kProducts], y[Y::kOut];
+        const float* column = m + j * point_stride + h * kLanes;
+        asm("" : "+r"(column));
 #pragma GCC unroll 8
-      for (int i = 0; i < Y::kProducts; ++i) p[i] = load(column + i * kProducts * point_stride);
-      output_transform(tile_y, p, y);
+        for (int i = 0; i < Y::kProducts; ++i) p[i] = load(column + i * kProducts * point_stride);
+        output_transform(tile_y, p, y);
 #pragma GCC unroll 8
-      for (int i = 0; i < Y::kOut; ++i) half[i][j] = y[i];
+        for (int i = 0; i < Y::kOut; ++i) half[h][i][j] = y[i];
+      }
     });
     for_rows<Y::kOut, kInRegisters>([&](int i) __attribute__((always_inline)) {
-      Vec y[X::kOut];
-      output_transform(tile_x, half[i], y);
+      Vec row[X::kOut][kCount];
+#pragma GCC unroll 2
+      for (int h = 0; h < kCount; ++h) {
+        Vec y[X::kOut];
+        output_transform(tile_x, half[h][i], y);
 #pragma GCC unroll 8
-      for (int j = 0; j < X::kOut; ++j) out(i, j, y[j]);
+        for (int j = 0; j < X::kOut; ++j) row[j][h] = y[j];
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < X::kOut; ++j) out(i, j, row[j]);
     });
   }
 };

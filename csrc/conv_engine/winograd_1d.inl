@@ -1,12 +1,13 @@
-// k x 1 and 1 x k convolutions of stride 1 by Winograd F(5, 5) along the kernel's axis, as the
-// large kernels of Peng et al. 2017, "Large Kernel Matters", need them. The taps are cut into
-// groups of five, zeros added. Group g of the tile at t sees the input of group 0 of the tile at t
-// + g, so each transformed input meets all groups at once, as further columns of one matrix
-// product; with few output channels that also fills the panels (3 groups x 21 channels = 63
-// columns).
+// k x 1 and 1 x k convolutions of stride 1 by Winograd F(m, m) along the kernel's axis, as the
+// large kernels of Peng et al. 2017, "Large Kernel Matters", need them: m is 5, but 3 where the
+// products are bfloat16's. The taps are cut into groups of m, zeros added. Group g of the tile at t
+// sees the input of group 0 of the tile at t + g, so each transformed input meets all groups at
+// once, as further columns of one matrix product; with few output channels that also fills the
+// panels (3 groups x 21 channels = 63 columns).
 //   lines: rows of a 1 x k, columns of a k x 1 convolution, counted over all images
 //   rows: (tile, line); where lines are few, a step takes several tiles at once
-//   packed weight: [panel of (group, output channel)][point][C, a whole number of lines][kPanel]
+//   packed weight: [panel of (group, output channel)][point][C / kPerWord][kPanel][kPerWord], C a
+//   whole number of lines
 //   V of a step and a piece of C: [point][piece / kLine][rows][kLine]
 //   P (products): [point][tile][line][column], a ring of tiles
 
@@ -17,6 +18,9 @@ struct Winograd1dKernel {
 
   // Lines [begin, end) from the first tile to the last.
   static void run(const Conv& conv, int64_t begin, int64_t end, float* scratch) {
+#if FASTSEG_ISA_LEVEL == 4
+    const TileRegisters amx_tiles(kTileRows);
+#endif
     const Sizes s(conv, end - begin);
     E* v = reinterpret_cast<E*>(scratch);
     float* ring = scratch + s.v_size / kPerWord<E>;
@@ -49,12 +53,13 @@ struct Winograd1dKernel {
   }
 
  private:
-  using Scheme = Winograd<5, 5>;
+  using Scheme = LineScheme<E>;
   static constexpr int kOut = Scheme::kOut, kIn = Scheme::kIn, kProducts = Scheme::kProducts;
+  static_assert(kOut == Scheme::kKernel, "groups of taps are as far apart as tiles");
   // Rows of a step: the weights are read once for so many. With the channels of a piece their V
   // leaves room for weights and products in L2. The pieces are the same for any number of lines,
   // and so are the sums.
-  static constexpr int64_t kStepRows = 84, kPiece = 256;
+  static constexpr int64_t kStepRows = 84, kPiece = 256 * kPerWord<E>;
   static constexpr int64_t kTerms = 64;  // products in one sum
 
   struct Sizes {
@@ -72,7 +77,7 @@ struct Winograd1dKernel {
           outputs(vertical ? conv.Ho : conv.Wo),
           pad(vertical ? conv.pad_h : conv.pad_w),
           tiles(ceil_div(outputs, kOut)),
-          groups(ceil_div(vertical ? conv.R : conv.S, 5)),
+          groups(ceil_div(vertical ? conv.R : conv.S, kOut)),
           panels(ceil_div(groups * conv.K, kPanel)),
           columns(panels * kPanel) {
       first_tile = pad < kIn ? 0 : (pad - kIn) / kOut + 1;
@@ -86,6 +91,7 @@ struct Winograd1dKernel {
       v_size = kProducts * v_point;
       p_point = slots * lines * columns + kGroup;
       p_size = kProducts * p_point;
+      if (FASTSEG_ISA_LEVEL == 4) p_size += kRows * kGroup;  // see gemm_tile() in amx_tile.inl
     }
 
     bool sees_input(int64_t t) const { return t >= first_tile && t < last_tile; }
@@ -114,18 +120,25 @@ struct Winograd1dKernel {
         }
         E* dst = v + first * depth + r * kLine<E>;
         for (int64_t c = c_begin; c < c_begin + depth; c += kLine<E>, dst += rows * kLine<E>) {
-          for (int64_t l = 0; l < kLine<E>; l += kLanes) {
-            Vec d[kIn], products[kProducts];
-            if (c + l + kLanes <= conv.C) {
+          for (int64_t l = 0; l < kLine<E>; l += kTogether<E> * kLanes) {
+            Vec row[kProducts][kTogether<E>];
+#pragma GCC unroll 2
+            for (int h = 0; h < kTogether<E>; ++h) {
+              const int64_t at = c + l + h * kLanes;
+              Vec d[kIn], products[kProducts];
+              if (at + kLanes <= conv.C) {
 #pragma GCC unroll 16
-              for (int j = 0; j < kIn; ++j) d[j] = load(src[j] + c + l);
-            } else {
+                for (int j = 0; j < kIn; ++j) d[j] = load(src[j] + at);
+              } else {
 #pragma GCC unroll 16
-              for (int j = 0; j < kIn; ++j) d[j] = load_part(src[j] + c + l, conv.C - c - l);
+                for (int j = 0; j < kIn; ++j) d[j] = load_part(src[j] + at, conv.C - at);
+              }
+              input_transform(Scheme{}, d, products);
+#pragma GCC unroll 16
+              for (int j = 0; j < kProducts; ++j) row[j][h] = products[j];
             }
-            input_transform(Scheme{}, d, products);
 #pragma GCC unroll 16
-            for (int j = 0; j < kProducts; ++j) store(dst + j * s.v_point + l, products[j]);
+            for (int j = 0; j < kProducts; ++j) store(dst + j * s.v_point + l, row[j]);
           }
         }
       }

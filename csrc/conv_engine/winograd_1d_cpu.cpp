@@ -19,6 +19,7 @@ namespace conv_engine {
 namespace {
 
 #define FASTSEG_KERNEL_FILE "conv_engine/winograd_1d_kernel.inl"
+#define FASTSEG_KERNEL_BF16
 #include "common/foreach_isa.inl"
 
 // Lines of one task of the one-dimensional form: three register tiles.
@@ -33,8 +34,8 @@ void run_winograd_1d(const Conv& conv) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::min(lines, round_up(ceil_div(lines, kTaskLines), threads));
   const int64_t floats =
-      FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::scratch_size)(conv, ceil_div(lines, parts));
-  const auto kernel = FASTSEG_ISA_CALL(Winograd1dKernel<Conv>::run);
+      FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::scratch_size)(conv, ceil_div(lines, parts));
+  const auto kernel = FASTSEG_CONV_CALL(Winograd1dKernel<Conv>::run);
   parallel_tasks(parts, [&](int64_t part) {
     kernel(conv, part_begin(lines, parts, part), part_begin(lines, parts, part + 1),
            scratch<TaskBuffer>(floats));
@@ -43,6 +44,7 @@ void run_winograd_1d(const Conv& conv) {
 
 template void run_winograd_1d(const Convolution<float, float>&);
 template void run_winograd_1d(const Convolution<BFloat16, float>&);
+template void run_winograd_1d(const Convolution<BFloat16, BFloat16>&);
 
 }  // namespace conv_engine
 }  // namespace fastseg

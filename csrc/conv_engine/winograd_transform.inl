@@ -41,8 +41,12 @@ FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec
     const Vec even = plus + minus, odd = plus - minus;
 #pragma GCC unroll 8
     for (int t = 0; t < kOut; ++t) {
-      const Vec term = ((t + kFirst) % 2 ? odd : even) * kCoef.power[i][t + kFirst];
-      y[t] = i == 0 ? term : y[t] + term;
+      // Of a sum of two products the compiler might round either first, here so and there so.
+      const Vec term = (t + kFirst) % 2 ? odd : even;
+      const float power = kCoef.power[i][t + kFirst];
+      y[t] = i == 0       ? term * power
+             : power == 1 ? y[t] + term
+                          : multiply_add(y[t], term, broadcast(power));
     }
   }
   if constexpr (W::kZero == 1) y[0] += m[0];

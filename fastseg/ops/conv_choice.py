@@ -7,12 +7,12 @@ of m and m - 1 outputs, so that none reaches beyond it: the shorter ones are F(m
 its points. Where the dilation is half of the image or more, a sub-grid of two by two pixels between
 zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three pixels take
 F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
-groups of five taps. Groups of few channels, of which depthwise convolutions have one, and 3-wide
-kernels over images of one or three channels have kernels of their own; wider groups are convolved
-one by one. Products of many channels take Strassen's algorithm (1969) in
-Winograd's form: seven products of halves instead of eight. It pairs each pixel with one up to 14
-further on: rounding then depends on both, and where one of them is infinite or NaN, both results
-are NaN.
+groups of five taps; multiplied in bfloat16, F(3, 3) in groups of three. Groups of few channels, of
+which depthwise convolutions have one, and 3-wide kernels over images of one or three channels have
+kernels of their own; wider groups are convolved one by one. Products of many channels take
+Strassen's algorithm (1969) in Winograd's form: seven products of halves instead of eight. It pairs
+each pixel with one up to 14 further on: rounding then depends on both, and where one of them is
+infinite or NaN, both results are NaN.
 
 **float32 images.** Largest error over largest output against float64 on unit-variance data:
 
@@ -50,6 +50,7 @@ bordered, to 2       bfloat16  1e-2
 bordered, to 3       bfloat16  1.5e-2
 F(2, 3)              bfloat16  8e-3
 F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinity
+F(3, 3), one axis    bfloat16  1e-2
 ===================  ========  ===========================
 
 F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16, and so does Strassen's algorithm
@@ -68,6 +69,7 @@ fcn_resnet50        0.94      0.48               0.62      0.79       0.79
 pspnet_resnet50     1.03      0.50               0.71      0.88       0.88
 segnet_vgg16        1.00      0.87               0.88      0.92       1.24
 u2netp              0.85      0.61               0.66      0.81       0.81
+gcn_resnet50        0.97      0.63               0.81      0.92       0.92
 ==================  ========  =================  ========  =========  ======
 
 The layers from which unpooled maxima come are kept from F(4, 3) with bfloat16 products; what SegNet
@@ -98,10 +100,15 @@ STRICT = (1, 2)  # those that round no more than torch's own convolution
 # in half of SegNet's images, torch's convolution in a quarter, F(4, 3) in a tenth.
 MAXIMA = (1, 2, 3, 4)
 READ = 20  # multiplications in the time that a weight takes to be read
-LINE = 5  # F(5, 5) along the axis of a k x 1 or 1 x k kernel
+LINE = 5  # along the axis of a k x 1 or 1 x k kernel: F(5, 5), of bfloat16 products F(3, 3)
 GROUPED = 7  # groups of few channels side by side, depthwise convolutions among them
 # The tiles whose products are in bfloat16 where those are fast.
-ROUNDED = {"strict": (), "maxima": (1, 2), "default": (1, 2, 3, 4), "fast": (1, 2, 3, 4)}
+ROUNDED = {
+    "strict": (),
+    "maxima": (1, 2),
+    "default": (1, 2, 3, 4, LINE),
+    "fast": (1, 2, 3, 4, LINE),
+}
 # bfloat16 products in the time of one of float32, where those are fast. AMX multiplies 512 pairs a
 # cycle (16 x 16 x 32 in 16 cycles) and AVX-512 32 (two times 16), a rate of 16 of which loads,
 # tiles that are not full and sums on their way through memory are predicted to leave 12.
@@ -238,10 +245,15 @@ def _choose_line(
     axis = 0 if kernel_size[1] == 1 else 1
     if accuracy == "strict" or padding[1 - axis] != 0:
         return 0
-    k, groups = kernel_size[axis], -(-kernel_size[axis] // 5)
-    tiles = -(-output[axis] // 5) + groups - 1
-    products = 9 * tiles * (C * round_up(groups * K, 16) + 12 * (C + groups * K))
-    return LINE if products < k * output[axis] * C * round_up(K, 16) else 0
+    direct = kernel_size[axis] * output[axis] * C * round_up(K, 16)
+    return LINE if _line_cost(C, K, kernel_size[axis], output[axis], 5) < direct else 0
+
+
+def _line_cost(C: int, K: int, kernel: int, output: int, tile: int, rate: int = 1) -> float:
+    """Of F(tile, tile) along a line, at so many products in the time of one."""
+    groups = -(-kernel // tile)
+    tiles = -(-output // tile) + groups - 1
+    return (2 * tile - 1) * tiles * (C * round_up(groups * K, 16) / rate + 12 * (C + groups * K))
 
 
 def choose_strassen(
@@ -290,7 +302,8 @@ def _choose_bfloat16(
     get: nothing rounds more than the result itself, so ``accuracy`` makes no difference. Fast they
     are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
     are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
-    how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3).
+    how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3)
+    and, along one axis, F(3, 3).
     On Zen 4, 65x65, of oneDNN's speed, strict and default: 64 channels at 129x129 1.9 and 2.4, 128
     2.0 and 2.9, 256 1.8 and 2.9, 512 1.9 and 3.1.
 
@@ -303,15 +316,22 @@ def _choose_bfloat16(
     shape = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
     tile = choose_tile(*shape)
     amx = _C.cpu_isa() == "amx"
-    if not fast_bfloat16() or (tile == LINE and not amx):
+    if not fast_bfloat16():
         wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
-    if tile in (0, LINE):
+    if tile == 0 or (tile == LINE and amx):
         return Algorithm(0, torch.bfloat16)
     rate = BF16_RATE["amx" if amx else "avx512_bf16"]
     rounded = ROUNDED["maxima" if amx and accuracy == "default" else accuracy]
     C, K = in_channels, out_channels
     Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    if tile == LINE:
+        k, n = (kernel_size[0], Ho) if kernel_size[1] == 1 else (kernel_size[1], Wo)
+        cost = {(0, torch.bfloat16): k * n * C * round_up(K, 16) / rate}
+        cost[LINE, torch.float32] = _line_cost(C, K, k, n, 5)
+        if LINE in rounded:
+            cost[LINE, torch.bfloat16] = _line_cost(C, K, k, n, 3, rate)
+        return Algorithm(*_cheapest(cost))
     cost = {(0, torch.bfloat16): 9 * Ho * Wo * C * K / rate}
     for m in {tile, 4} - {2} if amx else {tile, 2, 4}:
         products, _ = winograd_products((Ho, Wo), dilation, m)

@@ -231,7 +231,8 @@ def _(
     elif tile == GROUPED:
         depth = C * R * S
     elif tile == LINE:
-        columns, depth = -(-R * S // 5) * K, 9 * depth
+        m = 3 if bfloat16 else 5  # F(m, m)
+        columns, depth = -(-R * S // m) * K, (2 * m - 1) * depth
     else:
         depth = TILES[tile][3] ** 2 * depth
     size = round_up(columns, 32) * depth

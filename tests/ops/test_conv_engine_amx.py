@@ -19,6 +19,7 @@ from fastseg.ops.conv_sum import conv_sum_reference, pack_conv_sum
 from tests.ops.test_conv_engine import (
     BORDERED_CASES,
     GEMM_CASES,
+    LINE_CASES,
     PIECES_CASES,
     TRIPLE_CASES,
     WINOGRAD_CASES,
@@ -260,6 +261,20 @@ def test_bordered(library, shape):
 @pytest.mark.parametrize("shape", TRIPLE_CASES, ids=str)
 def test_bordered_triple(library, shape):
     check_winograd(library, shape, 3)
+
+
+@pytest.mark.parametrize("vertical", [True, False])
+@pytest.mark.parametrize("shape", LINE_CASES, ids=str)
+def test_line(library, shape, vertical):
+    N, C, H, W, K, taps, padding = shape
+    kernel, options = (1, taps), {"padding": (0, padding)}
+    if vertical:
+        kernel, options, H, W = (taps, 1), {"padding": (padding, 0)}, W, H
+    tensors = case(N, C, H, W, K, kernel, **options)
+    for tasks in (1, 5):
+        y, exact = result(library, tensors, 5, "relu", how={"tasks": tasks}, **options)
+        largest = max(exact.abs().max().item(), tensors[1][0].numel() ** 0.5)
+        assert (y - exact).abs().max() <= allowed(5, BF16) * largest
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("FASTSEG_FUZZ_CASES", "60"))))

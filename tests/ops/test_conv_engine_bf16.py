@@ -33,10 +33,10 @@ BF16 = torch.bfloat16
 # that is also their quotient; 1.3 times as much is allowed, to F(2, 3) as much. Bordered tiles, in
 # which two of three taps see a pixel, grow more than F(2, 3): 4e-3 + 1.3 * 2.35e-3 * 2 = 1e-2.
 ROUNDING = 4e-3  # half a step of the largest output's neighbours is 2e-3 to 4e-3 of it
-ALLOWED = {0: ROUNDING, 1: 1e-2, 2: 8e-3, 3: 1.5e-2, 4: 2.5e-2}
+ALLOWED = {0: ROUNDING, 1: 1e-2, 2: 8e-3, 3: 1.5e-2, 4: 2.5e-2, 5: 9.8e-3}
 DELTA = 2**-7 * (0.541 / 12) ** 0.5  # 0.541: the mean of m ** -2 over mantissas m in [1, 2)
-GROWTH = {1: 2.0, 2: 1.667, 4: 5.021}  # root mean square over a tile
-WORST_GROWTH = {1: 2.0, 2: 1.667, 3: 3.675, 4: 7.125}  # at its worst output, see above
+GROWTH = {1: 2.0, 2: 1.667, 4: 5.021, 5: 1.690}  # root mean square over a tile
+WORST_GROWTH = {1: 2.0, 2: 1.667, 3: 3.675, 4: 7.125, 5: 1.917}  # at its worst output, see above
 
 
 def allowed(tile, products):
@@ -135,21 +135,22 @@ def check_square(shape, tile, products):
 
 @pytest.mark.parametrize("vertical", [True, False])
 @pytest.mark.parametrize("shape", LINE_CASES, ids=str)
-def test_line(shape, vertical, cpu_isa):
+def test_line(shape, vertical, products, cpu_isa):
     N, C, H, W, K, taps, padding = shape
     if not vertical:
         H, W = W, H
     kernel = (taps, 1) if vertical else (1, taps)
     options = {"padding": (padding, 0) if vertical else (0, padding), "activation": "leaky_relu"}
-    check(case(N, C, H, W, K, kernel, **options), 5, torch.float32, **options)
+    check(case(N, C, H, W, K, kernel, **options), 5, products, **options)
 
 
 @pytest.mark.parametrize("tile", GROWTH)
 def test_rounded_products_have_the_error_of_their_rounding(tile, cpu_isa):
     """The derivation above, by the root mean square error, whose value does not scatter."""
     d = (12, 12) if tile == 1 else (1, 1)
-    options = {"padding": d, "dilation": d}
-    x, weight = image(1, 128, 24, 24), torch.randn(96, 128, 3, 3)
+    options = {"padding": d, "dilation": d} if tile != 5 else {}
+    kernel, height = ((3, 3), 24) if tile != 5 else ((15, 1), 38)  # 24 outputs that see all taps
+    x, weight = image(1, 128, height, 24), torch.randn(96, 128, *kernel)
     conv = pack_conv(weight, None, **options, tile=tile, products=BF16)
     exact = exact_result(x, weight, None, None, **options)
     error = (conv_engine(x, conv) - exact).square().mean().sqrt()
@@ -176,7 +177,8 @@ def random_case(rng):
         else:
             padding = rng.randint(0, 9), rng.randint(0, 9)
     elif rng.random() < 0.3:
-        tile, products, k = 5, torch.float32, rng.randint(2, 16)
+        tile, k = 5, rng.randint(2, 16)
+        C = max(C, 16) if products == BF16 else C
         kernel = rng.choice([(k, 1), (1, k)])
         stride = dilation = (1, 1)
         pad = rng.randint(0, k)
@@ -326,12 +328,15 @@ def test_choice(fast_products, monkeypatch):
     for accuracy in ("default", "fast"):
         assert choice(512, 512, **same, accuracy=accuracy) == (4, "bfloat16")
         assert choice(64, 64, **same, accuracy=accuracy) == (4, "bfloat16")
+        assert choice(256, 21, **line, accuracy=accuracy) == (5, "bfloat16")
     for accuracy in ("strict", "maxima"):
         assert choice(512, 512, **same, accuracy=accuracy) == (6, "float32")
+        assert choice(256, 21, **line, accuracy=accuracy) == (5, "float32")
+        assert choice(64, 64, (3, 1), padding=(1, 0), accuracy=accuracy) == (0, "bfloat16")
     assert choice(512, 512, size=(8, 8), **same, accuracy="maxima") == (2, "bfloat16")
     assert choice(64, 64, (1, 1)) == (0, "bfloat16")
     assert choice(64, 64, (1, 1), accuracy="strict") == (0, "bfloat16")
-    assert choice(256, 21, **line) == (5, "float32")
+    assert choice(21, 21, **line) == (5, "float32")
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == (1, "bfloat16")
     # With AMX nearly all are direct: as accurate as torch's own.
     monkeypatch.setattr(_C, "cpu_isa", lambda: "amx")
@@ -348,6 +353,14 @@ def test_choice(fast_products, monkeypatch):
     assert choice(512, 512, **same, accuracy="fast") == (4, "bfloat16")
     fast_products(False)
     assert choice(512, 512, **same) == (6, "float32")
+
+
+def test_registration_of_packed_lines(products):
+    opcheck(
+        torch.ops.fastseg.conv_engine_pack.default,
+        (torch.randn(21, 40, 13, 1), None, 5, products == BF16),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("tile", [0, 4])
@@ -384,10 +397,10 @@ def test_errors():
     weight, x = torch.randn(8, 16, 3, 3), image(1, 16, 5, 5)
     with pytest.raises(ValueError, match="products must be float32 or bfloat16"):
         pack_conv(weight, products=torch.float16)
-    with pytest.raises(ValueError, match="of bfloat16 products 0 to 4, got 6"):
+    with pytest.raises(ValueError, match="of bfloat16 products 0 to 5, got 6"):
         pack_conv(weight, tile=6, products=BF16)
-    with pytest.raises(ValueError, match="tile 5 has float32 products alone"):
-        pack_conv(torch.randn(8, 16, 7, 1), tile=5, products=BF16)
+    with pytest.raises(ValueError, match="tile 7 has float32 products alone"):
+        pack_conv(torch.randn(16, 1, 3, 3), tile=7, products=BF16, groups=16)
     with pytest.raises(ValueError, match="bfloat16 products need a bfloat16 image"):
         conv_engine(x.float(), pack_conv(weight, products=BF16))
     with pytest.raises(ValueError, match="residual must be a bfloat16 image"):

@@ -121,7 +121,7 @@ def random_case(seed):
         tile, products, _ = choose_algorithm(
             C, K, kernel, size, **options, dtype=dtype, accuracy=accuracy
         )
-    elif dtype == BF16 and tile < 5 and odds(rng, 0.5):
+    elif dtype == BF16 and tile < 6 and odds(rng, 0.5):
         products = BF16
     x = torch.randn(N, C, *size).to(dtype)
     if N > 1 and odds(rng, 0.1):
