@@ -11,6 +11,7 @@ typedef Vec64 UnalignedVec64 __attribute__((aligned(sizeof(double))));
 
 FASTSEG_INLINE Vec64 load(const double* p) { return *reinterpret_cast<const UnalignedVec64*>(p); }
 FASTSEG_INLINE void store(double* p, Vec64 v) { *reinterpret_cast<UnalignedVec64*>(p) = v; }
+FASTSEG_INLINE double load_word(const double* p) { return *p; }
 FASTSEG_INLINE Vec64 broadcast(double a) { return a - Vec64{}; }
 FASTSEG_INLINE Vec64 multiply_add(Vec64 sum, Vec64 a, Vec64 b) { return sum + a * b; }
 
@@ -29,7 +30,7 @@ FASTSEG_INLINE void outer_registers(const S* a, int64_t a_step, const S* b, int6
     for (int v = 0; v < V; ++v) panel[v] = load(b + v * kWidth<S>);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-      const Vector scalar = broadcast(a[r]);
+      const Vector scalar = broadcast(load_word(a + r));
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], scalar, panel[v]);
     }

@@ -111,8 +111,19 @@ FASTSEG_INLINE void copy_run(const BFloat16* src, float* dst, int64_t n) {
 }
 
 // A word of operands is a float, or two bfloat16 whose products are added to the same sum.
-FASTSEG_INLINE float load_word(const float* p) { return *p; }
+// One to be broadcast is loaded as an integer: AMD's broadcast of a float from memory takes a turn of
+// the pipes that multiply, that of an integer is a load alone.
+FASTSEG_INLINE uint32_t load_bits(const void* p) {
+  uint32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+struct FloatWord {
+  uint32_t bits;
+};
+FASTSEG_INLINE FloatWord load_word(const float* p) { return {load_bits(p)}; }
 FASTSEG_INLINE Vec load_words(const float* p) { return load(p); }
+FASTSEG_INLINE Vec broadcast(FloatWord a) { return (Vec)(a.bits - Words{}); }
 FASTSEG_INLINE Vec broadcast(float a) { return a - Vec{}; }
 FASTSEG_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
 #if FASTSEG_ISA_LEVEL >= 1
@@ -124,11 +135,7 @@ FASTSEG_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
 #endif
 }
 
-FASTSEG_INLINE uint32_t load_word(const BFloat16* p) {
-  uint32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return word;
-}
+FASTSEG_INLINE uint32_t load_word(const BFloat16* p) { return load_bits(p); }
 FASTSEG_INLINE Words broadcast(uint32_t a) { return a - Words{}; }
 FASTSEG_INLINE Words load_words(const BFloat16* p) {
   return *reinterpret_cast<const UnalignedWords*>(p);

@@ -69,7 +69,7 @@ struct FewChannelsKernel {
         for (int v = 0; v < V; ++v) panel[v] = load(weight + d * kPanel + v * kLanes);
 #pragma GCC unroll 14
         for (int p = 0; p < kRows; ++p) {
-          const Vec scalar = broadcast(x[p * kStep + d]);
+          const Vec scalar = broadcast(load_word(x + p * kStep + d));
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v) acc[p][v] = multiply_add(acc[p][v], scalar, panel[v]);
         }
