@@ -111,8 +111,8 @@ FASTSEG_INLINE void copy_run(const BFloat16* src, float* dst, int64_t n) {
 }
 
 // A word of operands is a float, or two bfloat16 whose products are added to the same sum.
-// One to be broadcast is loaded as an integer: AMD's broadcast of a float from memory takes a turn of
-// the pipes that multiply, that of an integer is a load alone.
+// One to be broadcast is loaded as an integer: AMD's broadcast of a float from memory takes a turn
+// of the pipes that multiply, that of an integer is a load alone.
 FASTSEG_INLINE uint32_t load_bits(const void* p) {
   uint32_t bits;
   std::memcpy(&bits, p, sizeof bits);

@@ -337,6 +337,11 @@ def test_choice(fast_products, monkeypatch):
     assert choice(64, 64, (1, 1)) == (0, "bfloat16")
     assert choice(64, 64, (1, 1), accuracy="strict") == (0, "bfloat16")
     assert choice(21, 21, **line) == (5, "float32")
+    assert choice(3, 32, **same, size=(257, 257)) == (0, "float32")
+    assert choice(3, 64, **same, size=(257, 257)) == (0, "bfloat16")
+    assert choice(24, 16, **same) == (0, "bfloat16")
+    assert choice(24, 32, **same) == (4, "bfloat16")
+    assert choice(16, 64, **same) == (6, "float32")
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == (1, "bfloat16")
     # With AMX nearly all are direct: as accurate as torch's own.
     monkeypatch.setattr(_C, "cpu_isa", lambda: "amx")
