@@ -321,9 +321,8 @@ def _choose_bfloat16(
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
     photo = in_channels in (1, 3) and tuple(kernel_size) == (3, 3) and tuple(dilation) == (1, 1)
     if photo and tile == 0 and out_channels in (16, 32) and not amx:
-        return Algorithm(
-            0
-        )  # by their own kernel 0.4 to 0.95 of the time, with more outputs 1 to 1.3
+        # Their own kernel multiplies in float32: 0.4 to 0.95 of the time, of more outputs 1 to 1.3.
+        return Algorithm(0)
     if tile == 0 or (tile == LINE and amx):
         return Algorithm(0, torch.bfloat16)
     rate = BF16_RATE["amx" if amx else "avx512_bf16"]
