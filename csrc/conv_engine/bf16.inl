@@ -111,20 +111,24 @@ FASTSEG_INLINE void copy_run(const BFloat16* src, float* dst, int64_t n) {
 }
 
 // A word of operands is a float, or two bfloat16 whose products are added to the same sum.
-// One to be broadcast is loaded as an integer: AMD's broadcast of a float from memory takes a turn
-// of the pipes that multiply, that of an integer is a load alone.
 FASTSEG_INLINE uint32_t load_bits(const void* p) {
   uint32_t bits;
   std::memcpy(&bits, p, sizeof bits);
   return bits;
 }
+FASTSEG_INLINE Vec load_words(const float* p) { return load(p); }
+FASTSEG_INLINE Vec broadcast(float a) { return a - Vec{}; }
+#if FASTSEG_ISA_LEVEL >= 2
+// One to be broadcast is loaded as an integer: AMD's broadcast of a float from memory to 512 bits
+// takes a turn of the pipes that multiply, that of an integer is a load alone.
 struct FloatWord {
   uint32_t bits;
 };
 FASTSEG_INLINE FloatWord load_word(const float* p) { return {load_bits(p)}; }
-FASTSEG_INLINE Vec load_words(const float* p) { return load(p); }
 FASTSEG_INLINE Vec broadcast(FloatWord a) { return (Vec)(a.bits - Words{}); }
-FASTSEG_INLINE Vec broadcast(float a) { return a - Vec{}; }
+#else
+FASTSEG_INLINE float load_word(const float* p) { return *p; }
+#endif
 FASTSEG_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
 #if FASTSEG_ISA_LEVEL >= 1
   // Left to itself the compiler puts the sum where a was and then spills two of 28 sums.

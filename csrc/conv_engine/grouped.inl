@@ -10,8 +10,12 @@ constexpr int kGroupedPixels = FASTSEG_ISA_LEVEL >= 2 ? 12 : 8;
 // Weights of so many bytes stay in L1 while the pixels of a line pass by.
 constexpr int64_t kKeptWeights = 24 * 1024;
 
-FASTSEG_INLINE FloatWord load_scalar(const float* p) { return load_word(p); }
-FASTSEG_INLINE FloatWord load_scalar(const BFloat16* p) { return {uint32_t{p->x} << 16}; }
+FASTSEG_INLINE auto load_scalar(const float* p) { return load_word(p); }
+FASTSEG_INLINE float load_scalar(const BFloat16* p) {
+  float value;
+  copy_run(p, &value, 1);
+  return value;
+}
 
 // Lane l of the result is lane index[l] of v.
 FASTSEG_INLINE Vec permute(Vec v, Words index) {
