@@ -303,9 +303,8 @@ def _choose_bfloat16(
     are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
     are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
     how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3)
-    and, along one axis, F(3, 3).
-    On Zen 4, 65x65, of oneDNN's speed, strict and default: 64 channels at 129x129 1.9 and 2.4, 128
-    2.0 and 2.9, 256 1.8 and 2.9, 512 1.9 and 3.1.
+    and, along one axis, F(3, 3). On Zen 4, 65x65, of oneDNN's speed, strict and default: 64
+    channels at 129x129 1.9 and 2.5, 128 2.0 and 2.7, 256 1.8 and 2.9, 512 1.9 and 3.2.
 
     With AMX a product costs a twelfth, which leaves little that a transform can save: float32 ones
     and F(5, 5) never pay, F(2, 3) would take 0.7 of the time of the direct convolution at 512
@@ -320,7 +319,7 @@ def _choose_bfloat16(
         wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
     photo = in_channels in (1, 3) and tuple(kernel_size) == (3, 3) and tuple(dilation) == (1, 1)
-    if photo and tile == 0 and out_channels in (16, 32) and not amx:
+    if photo and max(stride) <= 2 and tile == 0 and out_channels in (16, 32) and not amx:
         # Their own kernel multiplies in float32: 0.4 to 0.95 of the time, of more outputs 1 to 1.3.
         return Algorithm(0)
     if tile == 0 or (tile == LINE and amx):
