@@ -1,6 +1,7 @@
 """Networks optimised for bfloat16: no further from float64 than torch's own in bfloat16."""
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +114,19 @@ def test_models_in_bfloat16_are_taken():
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
-def test_last_resize_is_not_rounded():
+class Ordered(Net):
+    """As torchvision's networks return their maps."""
+
+    def forward(self, x):
+        result = OrderedDict()
+        result["out"] = super().forward(x)["out"]
+        return result
+
+
+@pytest.mark.parametrize("build", [Net, Ordered])
+def test_last_resize_is_not_rounded(build):
     """With one output channel per pixel and a resize, float32 shows values between bfloat16's."""
-    fast = fastseg.optimize(randomise(Net()), dtype=torch.bfloat16)
+    fast = fastseg.optimize(randomise(build()), dtype=torch.bfloat16)
     with torch.no_grad():
         y = fast(torch.randn(1, 3, 33, 35))["out"]
     assert not torch.equal(y, y.bfloat16().float())

@@ -43,18 +43,22 @@ inline Tensor pooled_empty(const Tensor& x, const std::vector<int64_t>& sizes) {
   return pooled_empty(x, sizes, x.scalar_type(), static_cast<int64_t>(x.element_size()));
 }
 
-// An image (N, C, H, W) of x's dtype in that layout.
-inline Tensor pooled_image(const Tensor& x, const std::array<int64_t, 4>& size,
-                           MemoryFormat layout) {
+// An image (N, C, H, W) of that dtype in that layout.
+inline Tensor pooled_image(const Tensor& x, const std::array<int64_t, 4>& size, MemoryFormat layout,
+                           ScalarType dtype, int64_t element_bytes) {
   const int64_t C = size[1], H = size[2], W = size[3];
-  const auto bytes = static_cast<int64_t>(x.element_size());
-  if (size[0] * C * H * W * bytes < kPooledBytes) {
-    return empty_image(x, size, x.scalar_type(), layout);
+  if (size[0] * C * H * W * element_bytes < kPooledBytes) {
+    return empty_image(x, size, dtype, layout);
   }
   const std::vector<int64_t> strides = layout == MemoryFormat::ChannelsLast
                                            ? std::vector<int64_t>{C * H * W, 1, C * W, C}
                                            : std::vector<int64_t>{C * H * W, H * W, W, 1};
-  return pooled_empty(x, {size.begin(), size.end()}, strides, x.scalar_type(), bytes);
+  return pooled_empty(x, {size.begin(), size.end()}, strides, dtype, element_bytes);
+}
+// The same, of x's dtype.
+inline Tensor pooled_image(const Tensor& x, const std::array<int64_t, 4>& size,
+                           MemoryFormat layout) {
+  return pooled_image(x, size, layout, x.scalar_type(), static_cast<int64_t>(x.element_size()));
 }
 
 // An image (N, C, H, W) with the sizes, dtype and strides of a dense one.

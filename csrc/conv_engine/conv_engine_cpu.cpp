@@ -12,6 +12,7 @@
 #include "common/counters.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "common/pooled_tensor.h"
 #include "conv_engine/conv_engine.h"
 #include "conv_engine/few_channels.h"
 #include "conv_engine/groups.h"
@@ -103,10 +104,9 @@ void set_poolings(Conv& conv, const Tensor& x, int64_t outputs, const Poolings& 
 // A convolution of one group.
 template <class Conv>
 void run_one(const Conv& conv, int64_t tile) {
-  constexpr bool kFloat = std::is_same_v<typename Conv::Operand, float>;
   if (tile == 0 && has_few_channels(conv)) {
     FASTSEG_COUNT("conv_engine.few_channels");
-    if constexpr (kFloat) run_few_channels(conv);
+    run_few_channels(conv);
   } else if (tile == 0) {
     run_gemm(conv);
   } else if (tile == kLineTile) {
@@ -284,7 +284,7 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
-  const Tensor nhwc = torch::stable::new_empty(x, {x.size(0), Ho, Wo, out_channels});
+  const Tensor nhwc = pooled_empty(x, {x.size(0), Ho, Wo, out_channels});
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,

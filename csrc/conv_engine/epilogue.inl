@@ -1,24 +1,33 @@
 // Bias, residual and activation of output pixels, on the way to memory.
 
-// The larger of v and 0; NaN stays NaN.
-FASTSEG_INLINE Vec relu(Vec v) {
+// v, or the bound if v is below or above it; NaN stays NaN: the instructions return their second
+// operand where one is NaN.
+FASTSEG_INLINE Vec at_least(Vec low, Vec v) {
 #if FASTSEG_ISA_LEVEL >= 2
-  return (Vec)_mm512_max_ps(__m512{}, (__m512)v);  // the second operand where one is NaN
+  return (Vec)_mm512_max_ps((__m512)low, (__m512)v);
 #elif FASTSEG_ISA_LEVEL == 1
-  return (Vec)_mm256_max_ps(__m256{}, (__m256)v);
+  return (Vec)_mm256_max_ps((__m256)low, (__m256)v);
 #elif defined(__x86_64__)
-  return (Vec)_mm_max_ps(__m128{}, (__m128)v);
+  return (Vec)_mm_max_ps((__m128)low, (__m128)v);
 #else
-  return v < 0 ? Vec{} : v;
+  return v < low ? low : v;
 #endif
 }
-
-// v between low and high; NaN stays NaN.
-FASTSEG_INLINE Vec clamp(Vec v, float low, float high) {
-  const Vec zero{};
-  v = v < low ? zero + low : v;
-  return v > high ? zero + high : v;
+FASTSEG_INLINE Vec at_most(Vec high, Vec v) {
+#if FASTSEG_ISA_LEVEL >= 2
+  return (Vec)_mm512_min_ps((__m512)high, (__m512)v);
+#elif FASTSEG_ISA_LEVEL == 1
+  return (Vec)_mm256_min_ps((__m256)high, (__m256)v);
+#elif defined(__x86_64__)
+  return (Vec)_mm_min_ps((__m128)high, (__m128)v);
+#else
+  return v > high ? high : v;
+#endif
 }
+FASTSEG_INLINE Vec clamp(Vec v, float low, float high) {
+  return at_most(Vec{} + high, at_least(Vec{} + low, v));
+}
+FASTSEG_INLINE Vec relu(Vec v) { return at_least(Vec{}, v); }
 
 // 1 / (1 + e^-v), to about two units in the last place.
 FASTSEG_INLINE Vec sigmoid(Vec v) {
@@ -84,10 +93,11 @@ FASTSEG_INLINE void dispatch_activation(Activation activation, Fn&& fn) {
 }
 
 // Those that register tiles apply where they store.
-FASTSEG_INLINE bool is_short(Activation activation) { return activation <= Activation::kLeakyRelu; }
+FASTSEG_INLINE bool is_short(Activation activation) { return activation <= Activation::kRelu6; }
 FASTSEG_INLINE Vec activate_short(Vec v, Activation activation, float slope) {
   if (activation == Activation::kRelu) return relu(v);
   if (activation == Activation::kNone) return v;
+  if (activation == Activation::kRelu6) return clamp(v, 0.0f, 6.0f);
   return v < 0 ? slope * v : v;
 }
 
@@ -104,10 +114,17 @@ FASTSEG_INLINE Vec activate(Vec v, Activation activation, float slope) {
 }
 
 // Bias, residual and activation of one vector of sums.
+template <class Conv, class Activate>
+FASTSEG_INLINE Vec finish_as(const Conv& conv, Vec sums, Vec bias, Vec residual,
+                             const Activate& activate) {
+  if (conv.residual_last) return activate(sums + bias) + residual;
+  return activate(sums + bias + residual);
+}
 template <class Conv>
 FASTSEG_INLINE Vec finish(const Conv& conv, Vec sums, Vec bias, Vec residual) {
-  if (conv.residual_last) return activate(sums + bias, conv.activation, conv.slope) + residual;
-  return activate(sums + bias + residual, conv.activation, conv.slope);
+  return finish_as(conv, sums, bias, residual, [&](Vec v) __attribute__((always_inline)) {
+    return activate(v, conv.activation, conv.slope);
+  });
 }
 
 // One vector of output, or those that are stored at once.
@@ -121,17 +138,41 @@ FASTSEG_INLINE void store_output(const Conv& conv, const V& v, typename Conv::St
 }
 
 // Output channels [k, k + columns) of one pixel from sums[0..columns).
-template <class Conv>
-static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, const float* sums,
-                                typename Conv::Storage* y, const typename Conv::Storage* residual) {
+template <class Conv, class Activate>
+FASTSEG_INLINE void finish_pixel_as(const Conv& conv, int64_t k, int64_t columns, const float* sums,
+                                    typename Conv::Storage* y,
+                                    const typename Conv::Storage* residual,
+                                    const Activate& activate) {
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
     const Vec added = residual ? load(residual + k + i) : Vec{};
-    store_output(conv, finish(conv, load(sums + i), load(conv.bias + k + i), added), y + k + i);
+    const Vec bias = load(conv.bias + k + i);
+    store_output(conv, finish_as(conv, load(sums + i), bias, added, activate), y + k + i);
   }
   if (i < columns) {  // sums and bias are padded to whole vectors, images are not
     const Vec added = residual ? load_part(residual + k + i, columns - i) : Vec{};
-    store_part(y + k + i, columns - i,
-               finish(conv, load(sums + i), load(conv.bias + k + i), added));
+    const Vec bias = load(conv.bias + k + i);
+    store_part(y + k + i, columns - i, finish_as(conv, load(sums + i), bias, added, activate));
   }
+}
+template <class Conv>
+static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, const float* sums,
+                                typename Conv::Storage* y, const typename Conv::Storage* residual) {
+  finish_pixel_as(conv, k, columns, sums, y, residual, [&](Vec v) __attribute__((always_inline)) {
+    return activate(v, conv.activation, conv.slope);
+  });
+}
+
+// The same of a tile's rows, kPanel sums of each: one jump for all of them.
+template <class Conv>
+__attribute__((noinline)) static void finish_tile(
+    const Conv& conv, int64_t k, int64_t columns, const float* sums, int64_t rows,
+    const PixelAddress<typename Conv::Storage>* pixels) {
+  dispatch_activation(conv.activation, [&](auto kind) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_pixel_as(
+          conv, k, columns, sums + r * kPanel, pixels[r].y, pixels[r].residual,
+          [&](Vec v) __attribute__((always_inline)) { return activate_as<kind>(v, conv.slope); });
+    }
+  });
 }

@@ -18,11 +18,24 @@ namespace conv_engine {
 namespace {
 
 #define FASTSEG_KERNEL_FILE "conv_engine/few_channels_kernel.inl"
+#define FASTSEG_KERNEL_BF16
 #include "common/foreach_isa.inl"
 
 template <class Conv, int C, int kStride>
+auto* find_kernel() {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {
+    if (current_isa() == Isa::kAvx512Bf16) {
+      return &avx512_bf16::FewChannelsKernel<Conv, C, kStride>::run;
+    }
+  }
+#endif
+  return FASTSEG_ISA_CALL(FewChannelsKernel<Conv, C, kStride>::run);
+}
+
+template <class Conv, int C, int kStride>
 void run_lines(const Conv& conv) {
-  const auto kernel = FASTSEG_ISA_CALL(FewChannelsKernel<Conv, C, kStride>::run);
+  const auto kernel = find_kernel<Conv, C, kStride>();
   const int64_t lines = conv.N * conv.Ho;
   const int64_t parts = std::min(lines, 8 * int64_t{torch::stable::get_num_threads()});
   parallel_tasks(parts, [&](int64_t part) {
@@ -42,6 +55,7 @@ void run_few_channels(const Conv& conv) {
 
 template void run_few_channels(const Convolution<float, float>&);
 template void run_few_channels(const Convolution<BFloat16, float>&);
+template void run_few_channels(const Convolution<BFloat16, BFloat16>&);
 
 }  // namespace conv_engine
 }  // namespace fastseg

@@ -78,6 +78,7 @@ struct GemmKernel {
     int64_t rows;
     Patch<E> patch, summand;  // the latter of the second image
     int64_t skipped;          // runs before the first of the patch that lie outside of the image
+    const E* ahead;           // what to fetch into L2 during the block before
     PixelAddress<T> pixels[kRows];
   };
 
@@ -93,7 +94,9 @@ struct GemmKernel {
     // Where pixels lie a multiple of 4 KB apart, lines of 14 of them are more than a set of L1
     // holds: 2048 -> 512 channels took 26 instead of 20 ms in bfloat16, 1024 -> 16 in float32 1.26
     // instead of 0.96.
-    const bool collide = kRows > 8 && flat && conv.flat_stride() * sizeof(E) % 4096 == 0;
+    const int64_t apart = flat ? conv.flat_stride() : conv.stride_w * conv.x.pixel;
+    const bool collide =
+        kRows > 8 && kSame && (flat || FASTSEG_ISA_LEVEL < 4) && apart * sizeof(E) % 4096 == 0;
     if (flat && !collide) {
       form.rows = GemmForm::kFlat;
       form.blocks = ceil_div(conv.pixels(), kRows);
@@ -176,7 +179,7 @@ struct GemmKernel {
 
  private:
   static NextRuns ahead_of(const Block& block) {
-    return {reinterpret_cast<const char*>(block.patch.data),
+    return {reinterpret_cast<const char*>(block.ahead),
             block.patch.run_h * static_cast<int64_t>(sizeof(E)),
             reinterpret_cast<const char*>(block.summand.data)};
   }
@@ -200,10 +203,7 @@ struct GemmKernel {
     }
     alignas(64) float sums[kRows * kPanel];
     patch_tile(rows, columns, block.patch, b, ahead, StoreTile{sums});
-    for (int64_t r = 0; r < rows; ++r) {
-      finish_pixel(conv, k, columns, sums + r * kPanel, block.pixels[r].y,
-                   block.pixels[r].residual);
-    }
+    finish_tile(conv, k, columns, sums, rows, block.pixels);
   }
 
   // Where block number `index` reads and writes; `copy` takes what it cannot read where it lies.
@@ -229,6 +229,7 @@ struct GemmKernel {
         block.patch = {copy, form.row, 0, 0, 1, 1, length};
       }
     }
+    block.ahead = block.patch.data;
     block.patch.height = form.height;
     block.summand = {};
     if (conv.C2) place_summand(conv, n, oy, ox, copy + form.summand_copy, block);
@@ -247,6 +248,12 @@ struct GemmKernel {
       if (form.rows == GemmForm::kGathered) {
         for (int64_t i = 0; i < run; ++i) {
           gather(conv, n, oy, ox + i, copy + (r + i) * form.row);
+        }
+        if constexpr (std::is_same_v<T, E>) {
+          // These are read by now: what the block after them will be copied from.
+          if (!form.panels_first && conv.is_pointwise()) {
+            block.ahead = conv.x.at(n, oy, ox) + run * conv.x.pixel;
+          }
         }
       }
       r += run;

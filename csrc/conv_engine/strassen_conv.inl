@@ -186,8 +186,6 @@ struct StrassenKernel {
     alignas(64) float sums[kRows * kPanel];
     strassen_product(product, pair.sums, StoreTile{sums}, multiply);
     if (!kStrassen[product].writes) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      finish_pixel(conv, k, kPanel, sums + r * kPanel, pixels[r].y, pixels[r].residual);
-    }
+    finish_tile(conv, k, kPanel, sums, rows, pixels);
   }
 };

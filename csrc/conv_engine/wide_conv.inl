@@ -30,7 +30,7 @@ struct WideKernel {
     tile.y = {nullptr, flat_pixel(conv, conv.y), kPanel};
     tile.next_residual = tile.residual;
     tile.next_y = {nullptr, tile.y.row, kPanel};
-    tile.low = wide_low(conv);
+    set_bounds(tile, conv);
     const auto residual_at = [&](int64_t i, int64_t pair) {
       const T* data = conv.residual.data;
       return data ? data + i * tile.residual.row + pair * kWideColumns : nullptr;

@@ -166,7 +166,7 @@ struct WideStrassenKernel {
     if (!writes || rows < kWideRows) return multiply_part(conv, first, rows, k, tile);
     const int64_t y_row = flat_pixel(conv, conv.y);
     tile.y = {conv.y.data + first * y_row + k, y_row, kWideColumns};
-    tile.low = wide_low(conv);
+    set_bounds(tile, conv);
     if (conv.residual.data) {
       const int64_t row = flat_pixel(conv, conv.residual);
       tile.residual = {conv.residual.data + first * row + k, row, kWideColumns};
@@ -200,7 +200,7 @@ struct WideStrassenKernel {
     copy_run(tile.bias + kWideColumns, bias + kPanel, kPanel);
     tile.bias = bias;
     tile.y = {part, kWideColumns, kPanel};
-    tile.low = -__builtin_inff();
+    tile.low = -__builtin_inff(), tile.high = __builtin_inff();
     wide_tile(tile);
     each_pixel([&](int64_t n, int64_t oy, int64_t ox, int64_t channel, const float* from) {
       for (int64_t c = 0; c < kPanel; c += kLanes) {

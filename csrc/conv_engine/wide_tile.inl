@@ -38,7 +38,8 @@ struct WideTile {
   WideRun<T> runs[2];     // one behind the other; the second may have length 0
   const T *left, *right;  // packed panels
   // What becomes of the sums, arrays of kWideRows x kWideColumns: `base`, if any, is added, then
-  // they go to `sums` or, where that is null, with bias and residual through max(low, .) to y.
+  // they go to `sums` or, where that is null, with bias and residual, at least `low` and at most
+  // `high`, to y.
   // Strassen's product 5 has u and w: it is added to u, and what it makes of w goes to y. Of
   // bfloat16 all go to y.
   const float* base;
@@ -46,7 +47,7 @@ struct WideTile {
   const float* bias;
   WideRows<const T> residual;
   WideRows<T> y;
-  float low;
+  float low, high;
   // What is fetched meanwhile: rows of the next tile, and every few steps `lines` of either place.
   WideRows<const T> next_residual, next_y;
   const T* ahead[2];
@@ -161,22 +162,26 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
       sums[r][v] += load(at(tile.w, r, v));
     });
   }
-  // A maximum for any activation: jumps for each vector cost tiles of 64 terms 8 %. NaN stays NaN,
-  // as in relu().
-  const __m512 low = _mm512_set1_ps(tile.low);
-  each([&](int r, int v) __attribute__((always_inline)) {
-    store(tile.y.at(r, v), (Vec)_mm512_max_ps(low, (__m512)sums[r][v]));
-  });
+  // A maximum for any activation: jumps for each vector cost tiles of 64 terms 8 %.
+  const Vec low = Vec{} + tile.low, high = Vec{} + tile.high;
+  if (tile.high < __builtin_inff()) {
+    each([&](int r, int v)
+             __attribute__((always_inline)) { sums[r][v] = at_most(high, sums[r][v]); });
+  }
+  each([&](int r, int v)
+           __attribute__((always_inline)) { store(tile.y.at(r, v), at_least(low, sums[r][v])); });
 }
 
-// What a convolution must be to end in such tiles, and the bound of its activation.
+// What a convolution must be to end in such tiles, and the bounds of its activation.
 template <class Conv>
 bool ends_wide(const Conv& conv) {
-  return conv.activation <= Activation::kRelu && !(conv.residual.data && conv.residual_last);
+  return is_short(conv.activation) && conv.activation != Activation::kLeakyRelu &&
+         !(conv.residual.data && conv.residual_last);
 }
-template <class Conv>
-float wide_low(const Conv& conv) {
-  return conv.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
+template <class T, class Conv>
+void set_bounds(WideTile<T>& tile, const Conv& conv) {
+  tile.low = conv.activation == Activation::kNone ? -__builtin_inff() : 0.0f;
+  tile.high = conv.activation == Activation::kRelu6 ? 6.0f : __builtin_inff();
 }
 
 // From one pixel of an image as large as the output to the next one, and whether they follow each

@@ -318,10 +318,6 @@ def _choose_bfloat16(
     if not fast_bfloat16():
         wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
-    photo = in_channels in (1, 3) and tuple(kernel_size) == (3, 3) and tuple(dilation) == (1, 1)
-    if photo and max(stride) <= 2 and tile == 0 and out_channels in (16, 32) and not amx:
-        # Their own kernel multiplies in float32: 0.4 to 0.95 of the time, of more outputs 1 to 1.3.
-        return Algorithm(0)
     if tile == 0 or (tile == LINE and amx):
         return Algorithm(0, torch.bfloat16)
     rate = BF16_RATE["amx" if amx else "avx512_bf16"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_options import output_size, round_up
+from ._layout import empty_image
 from .conv_choice import GROUPED, LINE, TILES
 
 ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
@@ -258,3 +259,8 @@ def _(
     activation, slope, residual_last=False, strassen=0, groups=1,
 ):  # fmt: skip
     return None
+
+
+@torch.library.register_fake("fastseg::widen")
+def _(x):
+    return empty_image(x, x.shape, torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,14 +51,19 @@ def narrowed(value: Any) -> Any:
 
 def widened(value: Any) -> Any:
     """Tensors in bfloat16, also in tuples, lists and dicts, in float32."""
-    return tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, value)
+    return tree_map_only(Tensor, lambda t: _widen(t) if t.dtype == torch.bfloat16 else t, value)
+
+
+def _widen(t: Tensor) -> Tensor:
+    image = t.dim() == 4 and t.device.type == "cpu" and not t.requires_grad
+    return torch.ops.fastseg.widen(t) if image else t.float()
 
 
 def _cast_in_graph(traced: fx.GraphModule) -> None:
     graph = traced.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")
-    for node in output.all_input_nodes:
+    for node in _results(output):
         resizes = node.target in RESIZES or isinstance(module_of(traced, node), Resize2d)
         if resizes and node.args and len(node.users) == 1:
             # The map is cast before it is resized: it is smaller, and nothing is rounded again.
@@ -70,6 +77,15 @@ def _cast_in_graph(traced: fx.GraphModule) -> None:
             new = graph.call_function(narrowed, (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     traced.recompile()
+
+
+def _results(output: fx.Node) -> Iterator[fx.Node]:
+    """What a graph returns, also within a dict that it makes."""
+    for node in output.all_input_nodes:
+        if node.target in (dict, OrderedDict):
+            yield from _results(node)
+        else:
+            yield node
 
 
 def _inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

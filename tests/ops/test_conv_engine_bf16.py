@@ -337,7 +337,7 @@ def test_choice(fast_products, monkeypatch):
     assert choice(64, 64, (1, 1)) == (0, "bfloat16")
     assert choice(64, 64, (1, 1), accuracy="strict") == (0, "bfloat16")
     assert choice(21, 21, **line) == (5, "float32")
-    assert choice(3, 32, **same, size=(257, 257)) == (0, "float32")
+    assert choice(3, 32, **same, size=(257, 257)) == (0, "bfloat16")
     assert choice(3, 64, **same, size=(257, 257)) == (0, "bfloat16")
     assert choice(24, 16, **same) == (0, "bfloat16")
     assert choice(24, 32, **same) == (4, "bfloat16")
@@ -412,3 +412,15 @@ def test_errors():
         conv_engine(x, pack_conv(weight), torch.randn(1, 8, 3, 3))
     with pytest.raises(ValueError, match="out must be a bfloat16 image"):
         conv_engine(x, pack_conv(weight), out=torch.empty(1, 3, 3, 8).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 21, 260, 300), (1, 1, 1, 1), (0, 3, 4, 4)])
+def test_widen(shape):
+    """In both layouts, and of what is dense in none; large ones are written past the caches."""
+    x = torch.randn(shape).to(BF16)
+    for image in (x, x.contiguous(memory_format=torch.channels_last), x[..., ::2], x[:, ::2]):
+        y = torch.ops.fastseg.widen(image)
+        assert torch.equal(y, image.float())
+        torch.library.opcheck(torch.ops.fastseg.widen, (image,))
+    with pytest.raises(ValueError, match="widen: x must be a bfloat16 image"):
+        torch.ops.fastseg.widen(x.float())

@@ -6,6 +6,8 @@ import torch
 from fastseg import _C
 from fastseg.ops.conv_engine import conv_engine, conv_engine_reference, pack_conv
 
+BF16 = torch.bfloat16
+KINDS = {"f32": (torch.float32, torch.float32), "bf16": (BF16, torch.float32), "dot": (BF16, BF16)}
 CASES = [  # N, C, H, W, K, rows of the kernel, stride, padding
     (1, 3, 30, 40, 64, 3, 1, (1, 1)),
     (2, 3, 31, 29, 32, 3, 2, (1, 1)),
@@ -31,17 +33,35 @@ def calls():
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "hardswish"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_few_channels(shape, dtype, activation, cpu_isa):
+def test_few_channels(shape, kind, activation, cpu_isa):
+    dtype, products = KINDS[kind]
     x, weight, bias, options = case(shape, dtype)
+    weight = weight.to(products).float()
     options |= {"activation": activation}
     exact = conv_engine_reference(x.double(), weight.double(), bias.double(), **options)
     before = calls()
-    y = conv_engine(x, pack_conv(weight, bias, **options))
-    assert calls() == before + 1
-    rounding = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
+    y = conv_engine(x, pack_conv(weight, bias, **options, products=products))
+    whole = kind != "dot" or (weight.size(2) == 3 and cpu_isa != "amx")
+    assert calls() == before + whole
+    rounding = 1e-6 if dtype == torch.float32 else 2.0**-8
     assert (y - exact).abs().max() <= rounding * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_nothing_beside_the_window(kind, cpu_isa):
+    """Infinities right outside of a window leave its result alone."""
+    dtype, products = KINDS[kind]
+    for C, row in ((1, 5), (3, 4)):
+        x, weight, _, options = case((1, C, 9, 40, 16, 3, 1, (1, 1)), dtype)
+        whole = conv_engine(x, pack_conv(weight, None, **options, products=products))
+        x[:, :, row + 2] = x[:, :, :, 21] = torch.inf
+        y = conv_engine(x, pack_conv(weight, None, **options, products=products))
+        far = torch.ones(9, 40, dtype=torch.bool)
+        far[row + 1 : row + 4] = far[:, 20:23] = False
+        assert torch.equal(y[..., far], whole[..., far])
+        assert not y[..., ~far].isfinite().any()
 
 
 def test_others_are_matrix_products():
