@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from .nn.packed import PackedConv2d
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
+from .nn.packed_scaled import ScaledConv2d
 from .nn.packed_sum import PackedConvSum2d
 from .nn.packed_transposed import PackedConvTranspose2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
@@ -29,7 +30,7 @@ from .nn.resize import Resize2d
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
 PACKED = (PackedConv2d, PackedConvSum2d, PackedConvTranspose2d)
-STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, Resize2d)
+STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, ScaledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
 FUNCTIONS = (
@@ -146,10 +147,12 @@ def plan_memory(traced: fx.GraphModule, dtype: torch.dtype = torch.float32) -> N
 
     def replaced(node: fx.Node) -> fx.Node | None:
         """The summand of a convolution that nobody reads later: the sum takes its place."""
-        if not isinstance(modules.get(str(node.target)), PackedConv2d) or len(node.args) < 2:
+        module = modules.get(str(node.target))
+        inputs = 2 if isinstance(module, ScaledConv2d) else 1
+        if not isinstance(module, PackedConv2d | ScaledConv2d) or len(node.args) == inputs:
             return None
-        x, summand = cast(tuple[fx.Node, fx.Node], node.args)
-        if summand is x:
+        *read, summand = cast(tuple[fx.Node, ...], node.args)
+        if summand in read:
             return None
         return summand if _last_use(summand, position) == position[node] else None
 
@@ -264,7 +267,7 @@ def _channels(node: fx.Node, modules: dict[str, nn.Module], dtype: torch.dtype) 
             transposed = isinstance(module, PackedConvTranspose2d)
             K = module.weight.shape[transposed] if module.dtype == dtype else None
             return None if K == 1 and len(node.args) > 1 else K  # the sum may broadcast
-        if isinstance(module, UnpooledConv2d):
+        if isinstance(module, UnpooledConv2d | ScaledConv2d):
             return module.conv.weight.shape[0] if module.conv.dtype == dtype else None
     if node.target is operator.getitem and isinstance(source, fx.Node):
         parent: Any = modules.get(str(source.target)) if source.op == "call_module" else None

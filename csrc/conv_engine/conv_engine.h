@@ -81,6 +81,9 @@ struct Convolution {
   Image<const T> x2;
   int64_t C2;  // 0: none
   int64_t stride2_h, stride2_w;
+  // By what the channels of an image are multiplied before a 1x1 convolution, (N, C).
+  const T* scale;  // nullptr: nothing
+  int64_t scale_batch;
 
   int64_t pixels() const { return N * Ho * Wo; }
   int64_t panels() const { return ceil_div(K, kPanel); }
@@ -110,8 +113,8 @@ struct GemmForm {
   enum Rows {
     kFlat,      // any pixels that follow each other: 1x1 on a dense image
     kLines,     // pixels of one line of output
-    kGathered,  // any pixels, each with its taps copied to one place: very narrow images, and
-                // pixels whose lines would share a set of L1
+    kGathered,  // any pixels, each with its taps copied to one place: very narrow images, pixels
+                // whose lines would share a set of L1, and those that are multiplied by a scale
   } rows;
   int64_t taps;          // of a kernel row that are read as one run
   int64_t blocks;        // all of them

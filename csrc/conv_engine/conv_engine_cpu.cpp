@@ -169,9 +169,22 @@ void set_summand(Conv& conv, const Summand& summand, const Options& o) {
 }
 
 template <class Conv>
+void set_scale(Conv& conv, const Tensor& scale, const Options& o) {
+  const auto image = input_image<typename Conv::Storage>(scale, "scale");
+  FASTSEG_CHECK(scale.size(0) == conv.N && scale.size(1) == conv.C && scale.size(2) == 1 &&
+                    scale.size(3) == 1,
+                "conv_engine: scale must be (", conv.N, ", ", conv.C, ", 1, 1)");
+  FASTSEG_CHECK(o.tile == 0 && o.groups == 1 && !o.strassen && o.R == 1 && o.S == 1 &&
+                    o.stride_h == 1 && o.stride_w == 1 && o.pad_h == 0 && o.pad_w == 0,
+                "conv_engine: only a 1x1 kernel of one group, without stride, padding and "
+                "strassen, takes a scale");
+  conv.scale = image.data, conv.scale_batch = image.batch;
+}
+
+template <class Conv>
 void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
             const std::optional<Tensor>& out, int64_t out_channels, const Options& o,
-            const Poolings& poolings, const Summand& summand) {
+            const std::optional<Tensor>& scale, const Poolings& poolings, const Summand& summand) {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
   InGroups<Conv> conv{};
@@ -191,6 +204,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.dilation_h = o.dilation_h, conv.dilation_w = o.dilation_w;
   set_poolings(conv, x, out_channels, poolings, o.tile);
   set_summand(conv, summand, o);
+  if (scale) set_scale(conv, *scale, o);
   FASTSEG_CHECK(out || conv.pooled.data || conv.pixels() == 0, "conv_engine: nothing to write to");
   if (out) {
     conv.y = output_image<T>(*out, "out");
@@ -259,19 +273,19 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
 }
 
 void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
-         const std::optional<Tensor>& out, int64_t K, const Options& o, const Poolings& p = {},
-         const Summand& s = {}) {
+         const std::optional<Tensor>& out, int64_t K, const Options& o,
+         const std::optional<Tensor>& scale = {}, const Poolings& p = {}, const Summand& s = {}) {
   const bool dots = packed.scalar_type() == ScalarType::BFloat16;
   FASTSEG_CHECK(dots || packed.scalar_type() == ScalarType::Float,
                 "conv_engine: packed weights must come from conv_engine_pack");
   if (x.scalar_type() != ScalarType::BFloat16) {
     FASTSEG_CHECK(!dots, "conv_engine: weights packed for bfloat16 products need a bfloat16 image");
-    run_as<Convolution<float, float>>(x, packed, residual, out, K, o, p, s);
+    run_as<Convolution<float, float>>(x, packed, residual, out, K, o, scale, p, s);
   } else if (dots) {
     FASTSEG_COUNT("conv_engine.bf16_products");
-    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, p, s);
+    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, scale, p, s);
   } else {
-    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, p, s);
+    run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, scale, p, s);
   }
 }
 
@@ -280,7 +294,8 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
                        int64_t out_channels, int64_t R, int64_t S, int64_t stride_h,
                        int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                        int64_t dilation_w, int64_t tile, int64_t activation, double slope,
-                       bool residual_last, int64_t strassen, int64_t groups) {
+                       bool residual_last, int64_t strassen, int64_t groups,
+                       const std::optional<Tensor>& scale) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
@@ -288,7 +303,8 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen, groups});
+       residual_last, strassen, groups},
+      scale);
   return out;
 }
 
@@ -296,11 +312,12 @@ void conv_engine_out(const Tensor& x, const Tensor& packed, const std::optional<
                      const Tensor& out, int64_t R, int64_t S, int64_t stride_h, int64_t stride_w,
                      int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w,
                      int64_t tile, int64_t activation, double slope, bool residual_last,
-                     int64_t strassen, int64_t groups) {
+                     int64_t strassen, int64_t groups, const std::optional<Tensor>& scale) {
   FASTSEG_CHECK(x.dim() == 4 && out.dim() == 4, "conv_engine: x and out must be (N, C, H, W)");
   run(x, packed, residual, out, out.size(1),
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
-       residual_last, strassen, groups});
+       residual_last, strassen, groups},
+      scale);
 }
 
 void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int64_t H, int64_t W,
@@ -314,7 +331,7 @@ void conv_engine_pool(const Tensor& x, const std::optional<Tensor>& x_codes, int
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
        residual_last, strassen, groups},
-      {x_codes, H, W, pooled, codes});
+      {}, {x_codes, H, W, pooled, codes});
 }
 
 void conv_engine_sum(const Tensor& x, const Tensor& summand, int64_t summand_stride_h,
@@ -328,7 +345,7 @@ void conv_engine_sum(const Tensor& x, const Tensor& summand, int64_t summand_str
   run(x, packed, {}, out, out.size(1),
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
        residual_last, strassen, 1},
-      {}, {summand, summand_stride_h, summand_stride_w});
+      {}, {}, {summand, summand_stride_h, summand_stride_w});
 }
 
 }  // namespace
@@ -339,12 +356,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
       "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
-      "groups=1) -> Tensor");
+      "groups=1, Tensor? scale=None) -> Tensor");
   m.def(
       "conv_engine_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
       "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
-      "groups=1) -> ()");
+      "groups=1, Tensor? scale=None) -> ()");
   m.def(
       "conv_engine_sum(Tensor x, Tensor other, int other_stride_h, int other_stride_w, "
       "Tensor packed, Tensor(a!) out, int R, int S, int stride_h, int stride_w, int pad_h, "

@@ -97,10 +97,11 @@ struct GemmKernel {
     const int64_t apart = flat ? conv.flat_stride() : conv.stride_w * conv.x.pixel;
     const bool collide =
         kRows > 8 && kSame && (flat || FASTSEG_ISA_LEVEL < 4) && apart * sizeof(E) % 4096 == 0;
-    if (flat && !collide) {
+    const bool copied = collide || conv.scale;
+    if (flat && !copied) {
       form.rows = GemmForm::kFlat;
       form.blocks = ceil_div(conv.pixels(), kRows);
-    } else if (whole && 2 * conv.Wo > kRows && !collide) {
+    } else if (whole && 2 * conv.Wo > kRows && !copied) {
       form.rows = GemmForm::kLines;
       form.line_blocks = ceil_div(conv.Wo, kRows);
       form.blocks = conv.N * conv.Ho * form.line_blocks;
@@ -247,7 +248,8 @@ struct GemmKernel {
       }
       if (form.rows == GemmForm::kGathered) {
         for (int64_t i = 0; i < run; ++i) {
-          gather(conv, n, oy, ox + i, copy + (r + i) * form.row);
+          E* row = copy + (r + i) * form.row;
+          conv.scale ? gather_scaled(conv, n, oy, ox + i, row) : gather(conv, n, oy, ox + i, row);
         }
         if constexpr (std::is_same_v<T, E>) {
           // These are read by now: what the block after them will be copied from.
@@ -336,6 +338,18 @@ struct GemmKernel {
       }
     }
     std::memset(dst + right * C, 0, (count - right) * C * sizeof *dst);
+  }
+
+  // The scaled channels of one output pixel, zeros behind them.
+  static void gather_scaled(const Conv& conv, int64_t n, int64_t oy, int64_t ox, E* row) {
+    const T *x = conv.x.at(n, oy, ox), *scale = conv.scale + n * conv.scale_batch;
+    int64_t c = 0;
+    for (; c + kLanes <= conv.C; c += kLanes) store(row + c, load(x + c) * load(scale + c));
+    if (c < conv.C) {
+      store(row + c, load_part(x + c, conv.C - c) * load_part(scale + c, conv.C - c));
+      c += kLanes;
+    }
+    for (; c < conv.depth(); c += kLanes) store(row + c, Vec{});
   }
 
   // All taps of one output pixel side by side, zeros behind them.

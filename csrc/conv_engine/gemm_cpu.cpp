@@ -184,6 +184,7 @@ void run_wide_strassen(const Conv& conv) {
 // Runs a 1x1 convolution by the wide tile if there is one and it fits.
 template <class Conv>
 bool try_wide(const Conv& conv) {
+  if (conv.scale) return false;
 #if defined(__x86_64__)
   using E = typename Conv::Operand;
   if constexpr (std::is_same_v<typename Conv::Storage, E>) {
@@ -213,7 +214,7 @@ bool try_wide(const Conv& conv) {
 // Few outputs of many channels: 64 -> 1 at 320x320 took 33 ms as a matrix product on one core.
 template <class Conv>
 bool is_narrow(const Conv& conv) {
-  return conv.K <= kNarrowOutputs && conv.C >= kGroup && !conv.C2;
+  return conv.K <= kNarrowOutputs && conv.C >= kGroup && !conv.C2 && !conv.scale;
 }
 
 template <class Conv>

@@ -141,7 +141,11 @@ def pack_matrix(matrix: Tensor) -> PackedConv:
 
 
 def conv_engine(
-    x: Tensor, conv: PackedConv, residual: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    conv: PackedConv,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients;
     ``activation(conv2d(x, weight, bias)) + residual`` if packed with ``residual_last``.
@@ -153,6 +157,8 @@ def conv_engine(
         residual: (N, K, Ho, Wo), dtype of ``x``, to add, or None.
         out: (N, K, Ho, Wo), dtype of ``x``, to write to, with channel stride 1: a slice of channels
             of a larger channels-last tensor makes a concatenation free.
+        scale: (N, C, 1, 1), dtype of ``x``, by which its channels are multiplied first, or None.
+            For 1x1 kernels of one group, without stride, padding and Strassen's algorithm.
 
     Returns:
         (N, K, Ho, Wo), dtype of ``x``, channels last; ``out`` if it was given.
@@ -170,11 +176,12 @@ def conv_engine(
         )
     x = channels_last(x)
     residual = channels_last(residual) if residual is not None else None
+    scale = channels_last(scale) if scale is not None else None
     if out is None:
         return torch.ops.fastseg.conv_engine(
-            x, conv.packed, residual, conv.out_channels, *conv.options()
+            x, conv.packed, residual, conv.out_channels, *conv.options(), scale
         )
-    torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *conv.options())
+    torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *conv.options(), scale)
     return out
 
 
@@ -246,7 +253,7 @@ def _(
 @torch.library.register_fake("fastseg::conv_engine")
 def _(
     x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
-    dilation_w, tile, activation, slope, residual_last=False, strassen=0, groups=1,
+    dilation_w, tile, activation, slope, residual_last=False, strassen=0, groups=1, scale=None,
 ):  # fmt: skip
     geometry = ((R, S), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
     Ho, Wo = output_size(x.shape[2:], *geometry)
@@ -256,7 +263,7 @@ def _(
 @torch.library.register_fake("fastseg::conv_engine_out")
 def _(
     x, packed, residual, out, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile,
-    activation, slope, residual_last=False, strassen=0, groups=1,
+    activation, slope, residual_last=False, strassen=0, groups=1, scale=None,
 ):  # fmt: skip
     return None
 

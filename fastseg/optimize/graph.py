@@ -17,6 +17,7 @@ from .max_pools import pool
 from .pooling import pool_results, unpool_inputs
 from .pyramids import convolve_pixels, pyramid, spread_single_values
 from .resizes import resize_and_choose, resize_maps
+from .scales import scale_inputs
 from .spelling import reshape_views, respell
 from .sums import sum_convolutions
 
@@ -48,6 +49,7 @@ def optimize_graph(
     if settings.get("dtype") == torch.bfloat16:
         keep_float32(traced, report)
     sum_convolutions(fusion)
+    scale_inputs(fusion)
     resize_maps(traced, report)
     pool_grids(traced, report)
     pool_results(traced, report)

@@ -90,8 +90,8 @@ def buffers_of(network: fx.GraphModule) -> Buffers | None:
 def _is_operator(node: fx.Node) -> bool:
     if node.op == "call_function":
         name = getattr(node.target, "__module__", None) or ""
-        known = name.partition(".")[0] in ("torch", "_operator", "builtins", "fastseg")
-        return known or isinstance(node.target, type(torch.conv2d))
+        known = ("torch", "_operator", "builtins", "collections", "fastseg")
+        return name.partition(".")[0] in known or isinstance(node.target, type(torch.conv2d))
     return node.op == "output" or (node.op == "call_method" and node.target != "numpy")
 
 

@@ -122,7 +122,11 @@ def test_choice(monkeypatch):
     assert choice(256, 512, stride=(2, 2)) == 1
     assert choice(128, 512) == choice(512, 128) == 0  # the sums cost as much as they save
     assert choice(512, 2048, size=(1, 1)) == 0  # no lower block
-    assert choice(2048, 256) == 0  # the operands of a task would leave little of L2
+    for isa, levels in (("avx2", 0), ("avx512", 1), ("avx512_bf16", 1), ("amx", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_C, "cpu_isa", lambda isa=isa: isa)
+            assert choice(2048, 256) == levels  # without the wide tile little of L2 is left
+            assert choice(1024, 256) == 1
     assert choice(1000, 256) == choice(256, 272) == 0  # no whole halves
     assert choice(256, 256, padding=(1, 1)) == choice(256, 256, kernel=(3, 3)) == 0
     assert choice(256, 256, accuracy="strict") == choice(256, 256, dtype=torch.bfloat16) == 0
