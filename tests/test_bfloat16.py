@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastseg
 from fastseg import _C
@@ -107,11 +108,21 @@ def test_dtypes_and_empty_batches():
         assert fast(x[:0])["out"].shape == (0, 5, 31, 33)
 
 
-def test_models_in_bfloat16_are_taken():
-    model = randomise(Net()).bfloat16()
-    fast = fastseg.optimize(model, dtype=torch.bfloat16)
-    assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) == 10
+@pytest.mark.parametrize("build", [Net, Untraceable])
+@torch.no_grad()
+def test_models_in_bfloat16_are_taken(build):
+    """Without a dtype their results keep theirs."""
+    model, x = randomise(build()).bfloat16(), torch.randn(2, 3, 31, 33).bfloat16()
+    fast, plain = fastseg.optimize(model, dtype=torch.bfloat16), fastseg.optimize(model)
+    for network, dtype in ((fast, torch.float32), (plain, torch.bfloat16)):
+        assert sum(isinstance(m, PackedConv2d) for m in network.modules()) >= 3
+        assert all(y.dtype == dtype for y in tree_leaves(network(x)))
+        torch.testing.assert_close(
+            outputs(network(x)).float(), outputs(fast(x)), rtol=0.02, atol=0.02
+        )
     assert next(model.parameters()).dtype == torch.bfloat16
+    model.float()
+    assert all(y.dtype == torch.float32 for y in tree_leaves(fastseg.optimize(model)(x.float())))
 
 
 class Ordered(Net):

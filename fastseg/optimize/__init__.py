@@ -34,7 +34,7 @@ NOTES = "fastseg_notes"  # what was done to a part and what not, as (name, text)
 
 
 def optimize(
-    model: nn.Module, dtype: torch.dtype = torch.float32, accuracy: str = "default"
+    model: nn.Module, dtype: torch.dtype | None = None, accuracy: str = "default"
 ) -> nn.Module:
     """A copy of ``model`` for inference on the CPU: the same outputs within a tolerance, faster.
 
@@ -50,7 +50,8 @@ def optimize(
         dtype: precision to compute in, float32 or bfloat16. In bfloat16 results of layers are
             rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
             them, nor is a last resize or a map that it is too coarse for (:mod:`.constants`);
-            floating-point inputs are cast, results are float32.
+            floating-point inputs are cast, results are float32. None is float32, but for a model
+            whose parameters are all bfloat16 that, and then results are its own.
         accuracy: "default" allows Winograd's F(6, 3), whose error is at most 1e-5 of the largest
             output per layer, in layers before a maximum that is unpooled to its place F(4, 3);
             "strict" only what rounds no more than torch's own convolution; "fast" is the default
@@ -67,6 +68,10 @@ def optimize(
         raise ValueError(f"optimize: model must be an nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("optimize: model must be in evaluation mode, call model.eval() first")
+    own = {parameter.dtype for parameter in model.parameters()}
+    widens = dtype is not None  # bfloat16 results
+    if dtype is None:
+        dtype = torch.bfloat16 if own == {torch.bfloat16} else torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"optimize: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if accuracy not in ACCURACIES:
@@ -78,7 +83,7 @@ def optimize(
         parameter.requires_grad_(False)
     form = _inference_form(model, settings, report, "")
     if dtype == torch.bfloat16:
-        fast = to_bfloat16(_optimize(form.float(), settings, report, ""))
+        fast = to_bfloat16(_optimize(form.float(), settings, report, ""), widens)
     else:
         fast = _optimize(form, settings, report, "")
     unpools = any(isinstance(m, nn.MaxUnpool2d) for m in model.modules())

@@ -24,9 +24,10 @@ KEPT = (PackedConv2d, PackedConvTranspose2d, nn.modules.batchnorm._BatchNorm, Py
 RESIZES = (F.interpolate, resized_labels, resized_probabilities)  # and Resize2d
 
 
-def to_bfloat16(module: nn.Module) -> nn.Module:
-    """``module`` with parameters in bfloat16, except where float32 ones cost nothing, between casts
-    of its floating-point inputs to bfloat16 and of its bfloat16 results to float32."""
+def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
+    """``module`` with parameters in bfloat16, except where float32 ones cost nothing, behind a cast
+    of its floating-point inputs to bfloat16, and before one of its bfloat16 results to float32 if
+    it ``widens`` them."""
     for part in module.modules():
         if isinstance(part, KEPT):
             continue
@@ -37,9 +38,12 @@ def to_bfloat16(module: nn.Module) -> nn.Module:
             if buffer is not None and buffer.is_floating_point():
                 part._buffers[name] = buffer.bfloat16()
     if isinstance(module, fx.GraphModule):
-        _cast_in_graph(module)  # its pickles lose hooks
+        _narrow_in_graph(module)  # its pickles lose hooks
     else:
         module.register_forward_pre_hook(_inputs, with_kwargs=True)
+    if widens and isinstance(module, fx.GraphModule):
+        _widen_in_graph(module)
+    elif widens:
         module.register_forward_hook(_outputs)
     return module
 
@@ -59,9 +63,18 @@ def _widen(t: Tensor) -> Tensor:
     return torch.ops.fastseg.widen(t) if image else t.float()
 
 
-def _cast_in_graph(traced: fx.GraphModule) -> None:
+def _narrow_in_graph(traced: fx.GraphModule) -> None:
     graph = traced.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in reversed(inputs):
+        with graph.inserting_after(inputs[-1]):
+            new = graph.call_function(narrowed, (node,))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    traced.recompile()
+
+
+def _widen_in_graph(traced: fx.GraphModule) -> None:
+    graph = traced.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
     for node in _results(output):
         resizes = node.target in RESIZES or isinstance(module_of(traced, node), Resize2d)
@@ -72,10 +85,6 @@ def _cast_in_graph(traced: fx.GraphModule) -> None:
                 node.update_arg(0, graph.call_function(widened, (source,)))
     with graph.inserting_before(output):
         output.args = (graph.call_function(widened, output.args),)
-    for node in reversed(inputs):
-        with graph.inserting_after(inputs[-1]):
-            new = graph.call_function(narrowed, (node,))
-        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     traced.recompile()
 
 
