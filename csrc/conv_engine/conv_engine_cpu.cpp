@@ -249,7 +249,8 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.strassen = o.strassen;
   // A residual that is overwritten has just been read.
   const bool in_place = residual && conv.residual.data == conv.y.data;
-  conv.stream = out && !in_place && (o.groups == 1 || conv.K % kLine<T> == 0) &&
+  const bool side_by_side = o.groups == 1 || o.tile == kGroupedTile;  // all channels at a time
+  conv.stream = out && !in_place && (side_by_side || conv.K % kLine<T> == 0) &&
                 is_streamed(out->numel(), conv.y);
   if (o.tile == kGroupedTile) {
     FASTSEG_COUNT("conv_engine.grouped");

@@ -20,6 +20,7 @@ struct DepthwiseKernel {
                    k_end, [&](const Taps<T>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
                      block(conv, segments[0].shared, taps, to, k, last);
                    });
+    if (conv.stream) stream_fence();
   }
 
  private:

@@ -46,6 +46,7 @@ struct GroupedKernel {
                    [&](const Taps<T>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
                      block(conv, reads.data(), segments[0].shared, taps, to, k, last);
                    });
+    if (conv.stream) stream_fence();
   }
 
  private:

@@ -120,6 +120,12 @@ FASTSEG_INLINE void finish_pixels(const Conv& conv, Vec (&sums)[kCount], int64_t
   }
   if (to.residual && conv.residual_last) add_residual();
   T* y = to.y + l * conv.y.row + k;
+  constexpr bool kWholeLines = kLanes * sizeof(T) == 64;
+  if (!kPart && kWholeLines && conv.stream) {
+#pragma GCC unroll 12
+    for (int p = 0; p < kCount; ++p) store_stream(y + p * to.step, sums[p]);
+    return;
+  }
 #pragma GCC unroll 12
   for (int p = 0; p < kCount; ++p) {
     if (kPart && p >= to.count) break;

@@ -17,6 +17,7 @@ CASES = [  # N, C, C2, Ho, Wo, K, stride, stride of the second
     (1, 1056, 640, 4, 9, 64, (1, 1), (2, 2)),  # several of each
     (1, 1056, 640, 12, 9, 128, (1, 1), (2, 2)),  # pairs of two panels
     (2, 64, 32, 6, 15, 256, (1, 1), (1, 1)),
+    (2, 512, 32, 4, 17, 64, (2, 2), (1, 1)),  # pixels that are read lie 4 KB apart
 ]
 ODD_CASES = [  # no whole lines of channels
     (1, 17, 3, 7, 30, 40, (1, 1), (2, 1)),

@@ -26,6 +26,7 @@ DEPTHWISE = [  # N, C, H, W, kernel, stride, padding, dilation
     (1, 56, 9, 47, (7, 7), (1, 1), (3, 3), (1, 1)),
     (1, 35, 7, 40, (7, 7), (1, 1), (6, 6), (2, 2)),
     (1, 35, 12, 40, (7, 7), (2, 2), (3, 3), (1, 1)),
+    (1, 48, 151, 150, (3, 3), (1, 1), (1, 1), (1, 1)),  # results that pass the caches by
 ]
 GROUPS = [  # and channels in, channels out of how many groups
     (1, 4, 4, 32, 17, 27, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -43,6 +44,7 @@ GROUPS = [  # and channels in, channels out of how many groups
     (1, 12, 12, 4, 6, 9, (2, 4), (2, 3), (1, 1), (2, 1)),
     (1, 40, 16, 3, 6, 20, (3, 3), (1, 1), (1, 1), (1, 1)),
     (1, 70, 8, 2, 5, 6, (3, 3), (2, 2), (0, 1), (1, 1)),
+    (1, 4, 4, 12, 151, 150, (3, 3), (1, 1), (1, 1), (1, 1)),  # results that pass the caches by
 ]
 CASES = [(N, 1, 1, C, *rest) for N, C, *rest in DEPTHWISE] + GROUPS
 
