@@ -60,7 +60,7 @@ def test_small_networks(build, accuracy, bf16_products):
     assert all(m.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, PackedConv2d))
 
 
-def calibrated(model):
+def calibrated(model, size=65):
     """Random weights with the batch statistics of a random image, as training leaves them."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -69,7 +69,7 @@ def calibrated(model):
             nn.init.uniform_(module.weight, 0.5, 1)
             nn.init.normal_(module.bias, std=0.1)
     with torch.no_grad():
-        model.train()(torch.randn(2, 3, 65, 65))
+        model.train()(torch.randn(2, 3, size, size))
     return model.eval()
 
 

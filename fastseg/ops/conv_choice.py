@@ -149,8 +149,9 @@ def choose_algorithm(
         dtype: of the images, float32 or bfloat16.
         accuracy: how far transforms may round. "default": whole networks stay within the errors of
             the peers' own in this dtype; "strict": no more than torch's own convolution; "fast":
-            the default, but for bfloat16 networks that unpool maxima, which then have 1.2 times the
-            errors of torch's, and with AMX; "maxima": for layers before an unpooled maximum, the
+            the default, but with AMX and for two kinds of bfloat16 networks: that unpool maxima,
+            with 1.2 times the errors of torch's, or of little but 3x3 layers, with 1.4 to 2.2
+            (:mod:`fastseg.optimize.rounding`); "maxima": for layers before an unpooled maximum, the
             default without F(6, 3), see ``MAXIMA``, or F(4, 3) from bfloat16 products.
     """
     C, K = in_channels // groups, out_channels // groups

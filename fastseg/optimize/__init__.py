@@ -25,6 +25,7 @@ from .graph import optimize_graph
 from .max_pools import READ_BY_UNPOOLING, faster_pool
 from .pooling import decide_maxima
 from .replay import Replayed, buffers_of
+from .rounding import decide_rounded
 from .tracing import has_options, reads_strides, required_arguments, trace
 
 __all__ = ["explain", "optimize"]
@@ -55,7 +56,8 @@ def optimize(
         accuracy: "default" allows Winograd's F(6, 3), whose error is at most 1e-5 of the largest
             output per layer, in layers before a maximum that is unpooled to its place F(4, 3);
             "strict" only what rounds no more than torch's own convolution; "fast" is the default
-            but for bfloat16 on some processors, see :mod:`fastseg.ops.conv_choice`.
+            but for bfloat16 on some processors, see :mod:`fastseg.ops.conv_choice`, where the
+            default transforms a quarter of the layers at most (:mod:`.rounding`).
 
     Returns:
         The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.
@@ -91,6 +93,9 @@ def optimize(
     if unpools and accuracy == "default":
         for conv in decide_maxima(fast):
             conv.accuracy = "maxima"
+    elif accuracy == "default":
+        for conv in decide_rounded(fast):
+            conv.accuracy = "strict"
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
         vars(fast)[NOTES] = report
