@@ -37,6 +37,7 @@ from torch import nn
 from ..nn.packed import PackedConv2d
 
 SHARE = 0.25  # of all convolutions
+LEAST = 9  # fewer are a layer or a block, whose error says little of the network around it
 SIZE = 65  # of the maps that the choice is tried on
 
 
@@ -44,6 +45,8 @@ def decide_rounded(network: nn.Module) -> list[PackedConv2d]:
     """The layers that must not be transformed and rounded, so that few enough are: those with the
     fewest weights, which gain the least."""
     convs = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    if len(convs) < LEAST:
+        return []
     rounded = [conv for conv in convs if _is_rounded(conv)]
     rounded.sort(key=lambda conv: conv.weight.numel(), reverse=True)
     return rounded[int(SHARE * len(convs)) :]

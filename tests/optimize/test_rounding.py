@@ -34,24 +34,30 @@ def packed(model):
 
 
 def test_largest_layers_stay(fast_products):
-    model = network([64, 64, 64, 128, 128, 64, 64]).eval()  # eight layers with the last one
+    model = network([64, 64, 64, 128, 128, 64, 64, 64]).eval()  # nine layers with the last one
     fast = fastseg.optimize(model, dtype=torch.bfloat16)
     default = [conv.weight.shape[:2] for conv in packed(fast) if conv.accuracy == "default"]
     strict = [conv.weight.shape[:2] for conv in packed(fast) if conv.accuracy == "strict"]
     assert {(128, 128), (128, 64)} < set(default)
-    assert strict == [(64, 64), (64, 64), (64, 128), (64, 64)]
+    assert strict == [(64, 64), (64, 64), (64, 128), (64, 64), (64, 64)]
     assert len(decide_rounded(fast)) == 0
+
+
+def test_blocks_are_left(fast_products):
+    for widths in ([64], [64, 64], [64] * 7):
+        fast = fastseg.optimize(network(widths).eval(), dtype=torch.bfloat16)
+        assert {conv.accuracy for conv in packed(fast)} == {"default"}
 
 
 @pytest.mark.parametrize("accuracy", ["strict", "fast"])
 def test_others_are_left(accuracy, fast_products):
-    model = network([64, 64, 64, 64]).eval()
+    model = network([64] * 10).eval()
     fast = fastseg.optimize(model, dtype=torch.bfloat16, accuracy=accuracy)
     assert {conv.accuracy for conv in packed(fast)} == {accuracy}
 
 
 def test_float32_is_left(fast_products):
-    fast = fastseg.optimize(network([64, 64, 64, 64]).eval())
+    fast = fastseg.optimize(network([64] * 10).eval())
     assert {conv.accuracy for conv in packed(fast)} == {"default"}
 
 
