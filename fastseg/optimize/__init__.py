@@ -57,7 +57,7 @@ def optimize(
             output per layer, in layers before a maximum that is unpooled to its place F(4, 3);
             "strict" only what rounds no more than torch's own convolution; "fast" is the default
             but for bfloat16 on some processors, see :mod:`fastseg.ops.conv_choice`, where the
-            default transforms a quarter of the layers at most (:mod:`.rounding`).
+            default transforms fewer layers of some networks (:mod:`.rounding`).
 
     Returns:
         The optimised copy. Its parameters want no gradients; inputs that do raise ValueError.
