@@ -59,7 +59,8 @@ whole 1.26 times torch's error). F(4, 3) loses 1.2e-2 in a layer; in whole netwo
 the activations is the larger part. Random weights with the statistics of random images, root mean
 square error of the logits against float64, relative to that of torch's eager bfloat16 network, for
 float32 products and for the three values of ``accuracy`` with bfloat16 products (AMD, Zen 4, three
-seeds, images of 256 to 320 pixels):
+seeds, images of 256 to 320 pixels; the default before :mod:`fastseg.optimize.rounding` made it
+transform fewer layers):
 
 ==================  ========  =================  ========  =========  ======
 network             autocast  float32 products   "strict"  "default"  "fast"

@@ -101,7 +101,7 @@ def test_copies_and_later_calls():
 
 @torch.no_grad()
 def test_layer():
-    """What the graph does not show: one channel, one pixel, other dtypes."""
+    """What the graph does not show: which is the scale, other shapes, dtypes and numbers."""
     conv = nn.Conv2d(24, 16, 1)
     layer = ScaledConv2d(PackedConv2d(conv))
     x, scale = torch.randn(2, 24, 7, 5), torch.rand(2, 24, 1, 1)
