@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nn.packed import PackedConv2d
+from .nn.packed_linear import PackedLinear
 from .nn.packed_pool import PooledConv2d, UnpooledConv2d
 from .nn.packed_scaled import ScaledConv2d
 from .nn.packed_sum import PackedConvSum2d
@@ -26,13 +27,14 @@ from .nn.packed_transposed import PackedConvTranspose2d
 from .nn.pooling import MaxPool2d, MaxUnpool2d
 from .nn.pyramid_pooling import GridPool2d, PyramidConv2d
 from .nn.resize import Resize2d
+from .ops._layout import channels_last
 
 # What neither returns a view of its input nor writes to it; the first of these read some channels
 # of a concatenation as well as a map of its own.
 PACKED = (PackedConv2d, PackedConvSum2d, PackedConvTranspose2d)
 STRIDED = (*PACKED, PooledConv2d, UnpooledConv2d, ScaledConv2d, Resize2d)
 POOLS = (MaxPool2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d)
+MODULES = (*STRIDED, *POOLS, MaxUnpool2d, GridPool2d, PyramidConv2d, PackedLinear)
 FUNCTIONS = (
     *(torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d),
     *(operator.add, torch.add, operator.mul, torch.mul, torch.mean),
@@ -115,7 +117,7 @@ class Concat(nn.Module):
         out = self.place.image((N, total, H, W))
         for part, target in zip(parts, out.split([p.shape[1] for p in parts], 1), strict=True):
             if part.data_ptr() != target.data_ptr():
-                target.copy_(part)
+                target.copy_(channels_last(part))
         return out
 
 
@@ -259,7 +261,12 @@ def concatenated(node: fx.Node) -> list[fx.Node]:
 
 
 def _channels(node: fx.Node, modules: dict[str, nn.Module], dtype: torch.dtype) -> int | None:
-    """The number of channels of a map of this dtype, where the network alone tells both."""
+    """The number of channels of a map of this dtype, where the network alone tells both, or the
+    compiler that made the graph."""
+    example = node.meta.get("example_value")
+    if isinstance(example, Tensor):
+        known = example.dim() == 4 and example.dtype == dtype and type(example.shape[1]) is int
+        return example.shape[1] if known else None
     source: Any = node.args[0] if node.args else None
     if node.op == "call_module":
         module: Any = modules[str(node.target)]

@@ -38,8 +38,10 @@ enum class Activation : int {
   kHardSigmoid = 5,
   kSilu = 6,
   kSigmoid = 7,
+  kGelu = 8,
+  kGeluTanh = 9,
 };
-constexpr int64_t kActivations = 8;
+constexpr int64_t kActivations = 10;
 
 // A channels-last image batch: the channel stride is 1.
 template <typename T>

@@ -20,11 +20,9 @@ FASTSEG_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
 #endif
 }
 
-// to[i * to_step + j] = from[j * step + i] for i and j below kLanes.
-FASTSEG_INLINE void transpose_tile(const float* from, int64_t step, float* to, int64_t to_step) {
-  Vec v[kLanes], next[kLanes];
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes; ++j) v[j] = load(from + j * step);
+// v[i][j] becomes v[j][i].
+FASTSEG_INLINE void transpose_registers(Vec (&v)[kLanes]) {
+  Vec next[kLanes];
 #pragma GCC unroll 4
   for (int size = 1; size < kLanes; size *= 2) {
 #pragma GCC unroll 8
@@ -34,6 +32,14 @@ FASTSEG_INLINE void transpose_tile(const float* from, int64_t step, float* to, i
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) v[j] = next[j];
   }
+}
+
+// to[i * to_step + j] = from[j * step + i] for i and j below kLanes.
+FASTSEG_INLINE void transpose_tile(const float* from, int64_t step, float* to, int64_t to_step) {
+  Vec v[kLanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) v[j] = load(from + j * step);
+  transpose_registers(v);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) store(to + i * to_step, v[i]);
 }

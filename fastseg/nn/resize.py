@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._layout import empty_image
+from ..ops._layout import channels_last, empty_image
 
 MODES = ("bilinear", "nearest")
 
@@ -43,8 +43,7 @@ class Resize2d(nn.Module):
         if self.place is None or self.place.dtype != x.dtype:
             return torch.ops.fastseg.resize(x, *pair, *options)
         out = self.place.image((*x.shape[:2], *pair))
-        x = x.contiguous(memory_format=torch.channels_last) if x.stride(1) != 1 else x
-        torch.ops.fastseg.resize_out(x, out, *options)
+        torch.ops.fastseg.resize_out(channels_last(x), out, *options)
         return out
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_options import output_size, round_up
-from ._layout import empty_image
+from ._layout import channels_last, empty_image
 from .conv_choice import GROUPED, LINE, TILES
 
 ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
@@ -22,6 +22,8 @@ ACTIVATIONS = {  # in the order of csrc/conv_engine/conv_engine.h
     "hardsigmoid": lambda y, slope: F.hardsigmoid(y),
     "silu": lambda y, slope: F.silu(y),
     "sigmoid": lambda y, slope: y.sigmoid(),
+    "gelu": lambda y, slope: F.gelu(y),
+    "gelu_tanh": lambda y, slope: F.gelu(y, approximate="tanh"),
 }
 
 
@@ -211,13 +213,6 @@ def conv_engine_reference(
 def activate(y: Tensor, activation: str, negative_slope: float) -> Tensor:
     """The activation of that name, in plain PyTorch."""
     return ACTIVATIONS[activation](y, negative_slope)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x with channel stride 1: itself where it has that, be it a slice of something larger."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("fastseg::conv_engine_pack")

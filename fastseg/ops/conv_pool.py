@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ._conv_options import output_size
-from .conv_engine import PackedConv, channels_last, conv_engine
+from ._layout import channels_last
+from .conv_engine import PackedConv, conv_engine
 from .max_unpool import max_pool2d, max_unpool2d
 
 EVEN_TILES = (2, 4, 6)  # tiles of Winograd that hold whole windows

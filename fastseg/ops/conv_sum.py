@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_options import output_size
-from .conv_engine import PackedConv, activate, channels_last, pack_conv
+from ._layout import channels_last
+from .conv_engine import PackedConv, activate, pack_conv
 
 Pair = tuple[int, int]
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_engine import ACTIVATIONS, activate, channels_last, pack_conv
+from ._layout import channels_last
+from .conv_engine import ACTIVATIONS, activate, pack_conv
 
 
 @dataclass(frozen=True)

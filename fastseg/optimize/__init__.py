@@ -31,6 +31,8 @@ from .tracing import has_options, reads_strides, required_arguments, trace
 __all__ = ["explain", "optimize"]
 
 ACCURACIES = ("strict", "default", "fast")
+# Torch's modules that read the weights of their parts.
+ATTENTION = (nn.MultiheadAttention.__module__, nn.Transformer.__module__)
 NOTES = "fastseg_notes"  # what was done to a part and what not, as (name, text)
 
 
@@ -192,7 +194,8 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     if left := why_left(module):
         report.append((name, left))
         return module
-    if type(module).__module__.startswith("torch.nn.") and not any(module.children()):
+    origin = type(module).__module__
+    if origin in ATTENTION or (origin.startswith("torch.nn.") and not any(module.children())):
         return module
     if isinstance(module, torch.jit.ScriptModule):
         report.append((name, "stays as it is, it is a TorchScript module"))

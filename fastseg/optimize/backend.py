@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..ops._layout import in_layout
 from .graph import optimize_graph
 
 LOG = logging.getLogger("fastseg")
@@ -71,7 +72,9 @@ def _restore_layout(graph: fx.Graph) -> None:
         for node in output.all_input_nodes:
             value = node.meta.get("example_value")
             if isinstance(value, Tensor) and value.dim() == 4 and value.is_contiguous():
-                output.replace_input_with(node, graph.call_method("contiguous", (node,)))
+                output.replace_input_with(
+                    node, graph.call_function(in_layout, (node, torch.contiguous_format))
+                )
 
 
 def _is_weight(value: Any) -> bool:

@@ -16,6 +16,7 @@ from ..nn.packed import PackedConv2d
 from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.pyramid_pooling import PyramidConv2d
 from ..nn.resize import Resize2d
+from ..ops._layout import in_layout
 from .fusion import module_of
 from .resizes import resized_labels, resized_probabilities
 
@@ -40,7 +41,8 @@ def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         _narrow_in_graph(module)  # its pickles lose hooks
     else:
-        module.register_forward_pre_hook(_inputs, with_kwargs=True)
+        # Before one that asks for torch's layout.
+        module.register_forward_pre_hook(_inputs, prepend=True, with_kwargs=True)
     if widens and isinstance(module, fx.GraphModule):
         _widen_in_graph(module)
     elif widens:
@@ -50,12 +52,19 @@ def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
 
 def narrowed(value: Any) -> Any:
     """Floating-point tensors, also in tuples, lists and dicts, in bfloat16."""
-    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, value)
+    return tree_map_only(Tensor, lambda t: _narrow(t) if t.is_floating_point() else t, value)
 
 
 def widened(value: Any) -> Any:
     """Tensors in bfloat16, also in tuples, lists and dicts, in float32."""
     return tree_map_only(Tensor, lambda t: _widen(t) if t.dtype == torch.bfloat16 else t, value)
+
+
+def _narrow(t: Tensor) -> Tensor:
+    image = t.dim() == 4 and t.dtype == torch.float32 and not t.requires_grad
+    if image and t.stride(1) != 1:  # for the convolution behind
+        return in_layout(t, torch.channels_last, narrow=True)
+    return t.bfloat16()
 
 
 def _widen(t: Tensor) -> Tensor:

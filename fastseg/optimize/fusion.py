@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
+from ..nn.packed_linear import PackedLinear, unsupported_linear
 from ..nn.packed_transposed import PackedConvTranspose2d, unsupported_transposed
 from .tracing import IN_PLACE, has_hooks
 
@@ -28,6 +29,7 @@ ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
 }
 LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name of the approximation
 # What these layers and functions do in evaluation mode is nothing.
 NOTHING = (nn.Dropout, nn.Dropout2d, nn.Identity)
 DROPOUTS = (F.dropout, F.dropout2d)
@@ -36,8 +38,10 @@ FRESH = (torch.cat, torch.add, operator.add, operator.mul, torch.mul, F.interpol
 LAYERS = (
     PackedConv2d,
     PackedConvTranspose2d,
+    PackedLinear,
     ConvBNReLU2d,
     nn.Conv2d,
+    nn.Linear,
     nn.ConvTranspose2d,
     nn.BatchNorm2d,
 )
@@ -47,15 +51,16 @@ Report = list[tuple[str, str]]  # names of parts, and what was done to each or w
 
 @dataclass
 class Layer:
-    """A convolution that the engine computes, and what of its successors is known so far."""
+    """A convolution or linear layer that the engine computes, and what of its successors is known
+    so far."""
 
-    conv: nn.Conv2d | nn.ConvTranspose2d
+    conv: nn.Conv2d | nn.ConvTranspose2d | nn.Linear
     bn: nn.BatchNorm2d | None = None
     activation: str = "none"
     slope: float = 0.0
     residual_last: bool = False  # a sum is formed behind the activation
 
-    def pack(self, settings: dict[str, Any]) -> PackedConv2d | PackedConvTranspose2d:
+    def pack(self, settings: dict[str, Any]) -> PackedConv2d | PackedConvTranspose2d | PackedLinear:
         """``settings``: keyword arguments of PackedConv2d that are the same in a whole network."""
         options = {
             "activation": self.activation,
@@ -65,22 +70,28 @@ class Layer:
         }
         if isinstance(self.conv, nn.ConvTranspose2d):
             return PackedConvTranspose2d(self.conv, self.bn, **options)
+        if isinstance(self.conv, nn.Linear):
+            return PackedLinear(self.conv, **options)
         return PackedConv2d(self.conv, self.bn, **options)
 
     def takes(self, bn: nn.Module) -> bool:
         """Whether this batch norm can be folded in."""
         transposed = isinstance(self.conv, nn.ConvTranspose2d)
+        if isinstance(self.conv, nn.Linear):
+            return False
         return not (unsupported_transposed if transposed else unsupported)(self.conv, bn)
 
 
 def as_layer(module: nn.Module | None) -> Layer | None:
-    """The convolution that ``module`` is, if the engine computes it."""
+    """The convolution or linear layer that ``module`` is, if the engine computes it."""
     if isinstance(module, ConvBNReLU2d):
         conv, bn = module.conv, module.bn
         if not unsupported(conv, bn) and not has_hooks(module):
             return Layer(conv, bn, module.activation, module.negative_slope)
     elif isinstance(module, nn.ConvTranspose2d):
         return None if unsupported_transposed(module) else Layer(module)
+    elif isinstance(module, nn.Linear):
+        return None if unsupported_linear(module) else Layer(module)
     elif isinstance(module, nn.Conv2d):
         return None if unsupported(module) else Layer(module)
     return None
@@ -299,6 +310,15 @@ class Fusion:
             return ACTIVATIONS[kind], 0.0
         if isinstance(module, nn.LeakyReLU) and is_plain(module, nn.LeakyReLU):
             return "leaky_relu", module.negative_slope
+        if is_plain(module, nn.GELU):
+            return GELUS[module.approximate], 0.0  # type: ignore[union-attr, index]
+        if node.op == "call_function" and node.target is F.gelu:
+            return GELUS.get(argument(node, 1, "approximate", "none"), "none"), 0.0
+        if is_plain(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0, 6):  # type: ignore[union-attr]
+            return "relu6", 0.0
+        if node.op == "call_function" and node.target in (F.hardtanh, F.hardtanh_):
+            bounds = argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)
+            return ("relu6" if bounds == (0, 6) else "none"), 0.0
         if node.op == "call_function" and node.target in LEAKY_RELUS:
             slope = argument(node, 1, "negative_slope", 0.01)
             return ("leaky_relu", slope) if isinstance(slope, float | int) else ("none", 0.0)

@@ -18,7 +18,7 @@ from .pooling import pool_results, unpool_inputs
 from .pyramids import convolve_pixels, pyramid, spread_single_values
 from .resizes import resize_and_choose, resize_maps
 from .scales import scale_inputs
-from .spelling import reshape_views, respell
+from .spelling import reshape_views, respell, skip_contiguous
 from .sums import sum_convolutions
 
 
@@ -41,6 +41,7 @@ def optimize_graph(
     fusion = Fusion(traced, settings, report)
     reshape_views(fusion)
     fusion.run()
+    skip_contiguous(fusion)
     pool(traced, report)
     pyramid(traced, settings, report)
     spread_single_values(traced, report)

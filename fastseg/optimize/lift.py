@@ -1,4 +1,4 @@
-"""Convolutions and batch norms that a graph calls as functions, as the layers they come from."""
+"""Layers and batch norms that a graph calls as functions, as the modules they come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from torch import Tensor, fx, nn
 
 from .fusion import Report, argument, module_of
 
+LINEAR: tuple[str, ...] = ("weight", "bias")
 CONV: tuple[str, ...] = ("weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED: tuple[str, ...] = (
+    "weight",
+    "bias",
+    "stride",
+    "padding",
+    "output_padding",
+    "groups",
+    "dilation",
+)
 BATCH_NORM: tuple[str, ...] = (
     "running_mean",
     "running_var",
@@ -27,7 +37,7 @@ COMPILED = re.compile(r"L_self_modules_(.+)_parameters_weight_")
 
 
 def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor], report: Report) -> list[Tensor]:
-    """Turn calls of ``conv2d`` and ``batch_norm`` into modules, where all their weights are among
+    """Turn calls of ``conv2d`` and the like into modules, where all their weights are among
     ``values``, the nodes whose values will not change.
 
     Returns:
@@ -40,8 +50,12 @@ def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor], report: Repor
             continue
         if node.target is torch.conv2d:
             names, count = CONV, 2
+        elif node.target is torch.conv_transpose2d:
+            names, count = TRANSPOSED, 2
+        elif node.target is F.linear:
+            names, count = LINEAR, 2
         elif node.target is F.batch_norm and isinstance(
-            module_of(traced, argument(node, 0, "input")), nn.Conv2d
+            module_of(traced, argument(node, 0, "input")), nn.Conv2d | nn.ConvTranspose2d
         ):
             names, count = BATCH_NORM, 4
         else:
@@ -49,10 +63,10 @@ def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor], report: Repor
         given = {n: argument(node, i, n) for i, n in enumerate(names, 1)}
         tensors = {n: values.get(given[n], given[n]) for n in names[:count]}
         if any(isinstance(v, fx.Node) for v in (*tensors.values(), *list(given.values())[count:])):
-            if names is CONV:
+            if names in (CONV, TRANSPOSED):
                 report.append((node.name, "left to torch, its weights are computed"))
             continue
-        make: Any = _conv if names is CONV else _batch_norm
+        make: Any = MAKERS[names]
         layer = make(**(given | tensors))
         if layer is None:
             continue
@@ -95,6 +109,40 @@ def _conv(
     return conv.eval()
 
 
+def _conv_transposed(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any = None,
+    padding: Any = None,
+    output_padding: Any = None,
+    groups: int | None = None,
+    dilation: Any = None,
+) -> nn.ConvTranspose2d:
+    C, K, R, S = weight.shape
+    groups = groups or 1
+    conv = nn.ConvTranspose2d(
+        C,
+        K * groups,
+        (R, S),
+        stride or 1,
+        padding or 0,
+        output_padding or 0,
+        groups,
+        bias is not None,
+        dilation or 1,
+        device="meta",
+    )
+    conv.weight, conv.bias = _frozen(weight), _frozen(bias)  # type: ignore[assignment]
+    return conv.eval()
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    K, C = weight.shape
+    linear = nn.Linear(C, K, bias is not None, device="meta")
+    linear.weight, linear.bias = _frozen(weight), _frozen(bias)  # type: ignore[assignment]
+    return linear.eval()
+
+
 def _batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -111,6 +159,9 @@ def _batch_norm(
     bn.running_mean, bn.running_var = running_mean.detach(), running_var.detach()
     bn.weight, bn.bias = _frozen(weight), _frozen(bias)  # type: ignore[assignment]
     return bn.eval()
+
+
+MAKERS = {CONV: _conv, TRANSPOSED: _conv_transposed, LINEAR: _linear, BATCH_NORM: _batch_norm}
 
 
 def _frozen(t: Tensor | None) -> nn.Parameter | None:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..nn.packed import PackedConv2d
+from ..nn.packed_linear import PackedLinear
+from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.resize import MODES
 from .fusion import Fusion, argument, is_plain, module_of, only_user
 
@@ -39,6 +42,26 @@ def reshape_views(fusion: Fusion) -> None:
             continue
         if node.target in ("view", "view_as") and not any(map(fusion.writes, node.users)):
             node.target = str(node.target).replace("view", "reshape")
+
+
+def skip_contiguous(fusion: Fusion) -> None:
+    """No copies to torch's layout for those who read any, and make another where they need it."""
+    graph = fusion.traced.graph
+    for node in list(graph.nodes):
+        if node.op != "call_method" or node.target != "contiguous" or len(node.args) != 1:
+            continue
+        readers = list(node.users)
+        if node.kwargs or not readers or not all(_reads_any_layout(fusion, n) for n in readers):
+            continue
+        nodes = list(graph.nodes)
+        last = max(nodes.index(reader) for reader in readers)
+        if not fusion.written(node.args, nodes[nodes.index(node) : last]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _reads_any_layout(fusion: Fusion, node: fx.Node) -> bool:
+    return isinstance(fusion.module(node), (PackedConv2d, PackedConvTranspose2d, PackedLinear))
 
 
 def _upsample(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:

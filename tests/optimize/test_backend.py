@@ -165,3 +165,32 @@ def test_as_a_function():
     with torch.no_grad():
         torch.testing.assert_close(compile_graph(graph, [x])(x), graph(x))
     assert fastseg.optimize  # the name of the package is the function
+
+
+class Decoder(nn.Module):
+    """What the compiler calls by other names than the layers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 6, 4, 2, 1)
+        self.bn = nn.BatchNorm2d(6)
+        self.act = nn.ReLU6()
+        self.mix = nn.Conv2d(6 + 8, 8, 1)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        fine = self.act(self.bn(self.up(x)))
+        rows = self.linear(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        return self.mix(torch.cat([fine, F.interpolate(rows, fine.shape[2:])], 1))
+
+
+@torch.no_grad()
+def test_functions_of_layers(caplog):
+    """Transposed and linear layers and ReLU6, and concatenations whose channels only it knows."""
+    model, x = randomise(Decoder()), torch.randn(2, 8, 9, 7)
+    fast = compiled(model, fullgraph=True)
+    with caplog.at_level(logging.INFO, logger="fastseg"):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    lines = [record.message for record in caplog.records]
+    assert sum("convolution engine" in line for line in lines) == 3
+    assert any("activation=relu6" in line for line in lines)
