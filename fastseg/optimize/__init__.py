@@ -26,7 +26,7 @@ from .max_pools import READ_BY_UNPOOLING, faster_pool
 from .pooling import decide_maxima
 from .replay import Replayed, buffers_of
 from .rounding import decide_rounded
-from .tracing import has_options, reads_strides, required_arguments, trace
+from .tracing import attribute, has_options, reads_strides, required_arguments, trace
 
 __all__ = ["explain", "optimize"]
 
@@ -214,7 +214,7 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
             if new is not part:
                 traced.set_submodule(part_name, new)
     weights = {
-        n: _attribute(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr"
+        n: attribute(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr"
     }
     notes, _ = optimize_graph(traced, settings, weights)
     report += [(_join(name, part_name), text) for part_name, text in notes]
@@ -247,11 +247,6 @@ def _optimize_children(
 def torch_layout(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """A hook: all arguments in the memory layout that torch makes by default."""
     return tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)
 
 
 def _join(*names: str) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from ..ops._layout import in_layout
 from .graph import optimize_graph
+from .tracing import attribute
 
 LOG = logging.getLogger("fastseg")
+WEIGHTS = (Tensor, nn.Parameter)
 
 
 def compile_graph(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -37,7 +39,7 @@ class CompiledGraph:
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.graph = graph
         self.lock = threading.Lock()
-        self.held: list[tuple[int, Tensor, tuple]] = []  # number of the input, tensor, its state
+        self.held: list[tuple[int | None, Tensor, tuple]] = []  # number of the input, tensor, state
         self.run = self.build(example_inputs)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -53,16 +55,25 @@ class CompiledGraph:
         traced = fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph))
         nodes = [node for node in traced.graph.nodes if node.op == "placeholder"]
         values = {n: t for n, t in zip(nodes, inputs, strict=True) if _is_weight(t)}
+        # Where torch._inductor.config.freezing is set, weights are not inputs.
+        attributes = (n for n in traced.graph.nodes if n.op == "get_attr")
+        frozen = {n: attribute(traced, str(n.target)) for n in attributes}
+        frozen = {n: t for n, t in frozen.items() if type(t) in WEIGHTS and not t.is_inference()}
+        values |= frozen
         _restore_layout(traced.graph)
         report, held = optimize_graph(traced, {}, values)
         ours = {id(t) for t in held}
-        self.held = [(i, t, _state(t)) for i, t in enumerate(inputs) if id(t) in ours]
+        places = [*enumerate(inputs), *((None, t) for t in frozen.values())]
+        self.held = [(i, t, _state(t)) for i, t in places if id(t) in ours]
         for name, text in report:
             LOG.info("%s: %s", name, text)
         return traced.forward
 
     def changed(self, inputs: Sequence[Any]) -> bool:
-        return any(inputs[i] is not t or _state(t) != state for i, t, state in self.held)
+        return any(
+            (i is not None and inputs[i] is not t) or _state(t) != state
+            for i, t, state in self.held
+        )
 
 
 def _restore_layout(graph: fx.Graph) -> None:
@@ -78,7 +89,7 @@ def _restore_layout(graph: fx.Graph) -> None:
 
 
 def _is_weight(value: Any) -> bool:
-    if type(value) not in (Tensor, nn.Parameter) or value.is_inference():
+    if type(value) not in WEIGHTS or value.is_inference():
         return False
     return isinstance(value, nn.Parameter) or hasattr(value, "_dynamo_static_input_type")
 

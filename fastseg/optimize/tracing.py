@@ -205,6 +205,12 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """The attribute of this name, which may be one of a part."""
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last)
+
+
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
 
@@ -129,6 +130,19 @@ def test_training_mode():
     plain = copy.deepcopy(model)
     torch.testing.assert_close(compiled(model)(x), plain(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.bn.running_mean, plain.bn.running_mean)
+
+
+@torch._inductor.config.patch(freezing=True)
+@torch.no_grad()
+def test_frozen_weights(caplog):
+    """With this setting weights are no inputs of the compiler's graphs."""
+    model, x = randomise(Net()), torch.randn(1, 3, 8, 8)
+    fast = compiled(model)
+    with caplog.at_level(logging.INFO, "fastseg"):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "convolution engine, 3, 8" in caplog.text
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
