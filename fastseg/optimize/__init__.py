@@ -12,13 +12,16 @@ optimised one by one. What the engine does not compute stays as it is; :func:`ex
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..nn.global_conv import GlobalConv2d, PackedGlobalConv2d, packable
+from ..nn.packed import SIZES
 from .bfloat16 import to_bfloat16
 from .fusion import Report, as_layer, why_left
 from .graph import optimize_graph
@@ -26,7 +29,15 @@ from .max_pools import READ_BY_UNPOOLING, faster_pool
 from .pooling import decide_maxima
 from .replay import Replayed, buffers_of
 from .rounding import decide_rounded
-from .tracing import attribute, has_options, reads_strides, required_arguments, trace
+from .tracing import (
+    Declined,
+    assumes,
+    attribute,
+    has_options,
+    reads_strides,
+    required_arguments,
+    trace,
+)
 
 __all__ = ["explain", "optimize"]
 
@@ -86,10 +97,9 @@ def optimize(
     for parameter in model.parameters():  # a ScriptModule has no requires_grad_
         parameter.requires_grad_(False)
     form = _inference_form(model, settings, report, "")
+    fast = _optimize(form.float() if dtype == torch.bfloat16 else form, settings, report, "")
     if dtype == torch.bfloat16:
-        fast = to_bfloat16(_optimize(form.float(), settings, report, ""), widens)
-    else:
-        fast = _optimize(form, settings, report, "")
+        fast = _each(fast, lambda part: to_bfloat16(part, widens))
     unpools = any(isinstance(m, nn.MaxUnpool2d) for m in model.modules())
     unpools = unpools or any(text == READ_BY_UNPOOLING for _, text in report)
     if unpools and accuracy == "default":
@@ -101,10 +111,22 @@ def optimize(
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
         vars(fast)[NOTES] = report
-        buffers = buffers_of(fast)
-        fast = fast if buffers is None else Replayed(fast, buffers)
+    fast = _each(fast, _replayed)
     vars(fast)[NOTES] = report
     return fast
+
+
+def _each(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A network changed, or both of its forms."""
+    if not isinstance(module, Part):
+        return change(module)
+    module.traced, module.own = change(module.traced), change(module.own)
+    return module
+
+
+def _replayed(module: nn.Module) -> nn.Module:
+    buffers = buffers_of(module) if isinstance(module, fx.GraphModule) else None
+    return module if buffers is None else Replayed(module, buffers)  # type: ignore[arg-type]
 
 
 def explain(model: nn.Module) -> str:
@@ -121,25 +143,47 @@ def _notes(model: nn.Module) -> Report | None:
 
 
 class Part(nn.Module):
-    """A module that runs as a graph where it is called with the arguments that it needs, and is
-    itself for all else: options, indexing, attributes.
+    """A module that runs as a graph where it is called with the arguments that it needs, of sizes
+    that the graph does not decline, and is itself for all else: options, indexing, attributes.
 
     Args:
-        graph: what runs.
+        traced: what runs.
         own: the module.
     """
 
-    def __init__(self, graph: nn.Module, own: nn.Module) -> None:
+    def __init__(self, traced: fx.GraphModule, own: nn.Module) -> None:
         super().__init__()
-        self.graph = graph
-        self.own = own
         self.arguments = required_arguments(own)
+        parameters = inspect.signature(type(own).forward).parameters
+        self.names = list(parameters)[1:]
+        self.optional = {name for name, p in parameters.items() if p.default is None}
+        self.assumes = assumes(traced)
+        self.declined: set[tuple] = set()  # shapes
+        self.traced: nn.Module = traced
+        self.own = own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = len(args) + len(kwargs)
-        if given == len(self.arguments) and kwargs.keys() <= set(self.arguments):
-            return self.graph(*args, **kwargs)
+        needed = self.needed(args, kwargs)
+        if needed is None or (self.assumes and torch.compiler.is_compiling()):
+            return self.own(*args, **kwargs)
+        if not self.assumes:
+            return self.traced(*needed)
+        shapes = tuple(t.shape for t in tree_leaves(needed) if isinstance(t, Tensor))
+        if shapes not in self.declined:
+            try:
+                return self.traced(*needed)
+            except Declined:
+                if len(self.declined) < SIZES:
+                    self.declined.add(shapes)
         return self.own(*args, **kwargs)
+
+    def needed(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
+        """The arguments of the graph, if there are no others but None."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if len(given) < len(args) + len(kwargs):
+            return None  # too many, or one of them twice
+        left = {k for k, v in given.items() if v is not None or k not in self.optional}
+        return [given[name] for name in self.arguments] if left == set(self.arguments) else None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -195,7 +239,10 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
         report.append((name, left))
         return module
     origin = type(module).__module__
-    if origin in ATTENTION or (origin.startswith("torch.nn.") and not any(module.children())):
+    alone = not list(module.children())
+    if origin in ATTENTION or (origin.startswith("torch.nn.") and alone):
+        return module
+    if isinstance(module, Part):  # of a module that a graph holds too
         return module
     if isinstance(module, torch.jit.ScriptModule):
         report.append((name, "stays as it is, it is a TorchScript module"))
@@ -203,12 +250,10 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     before = len(report)
     traced, reasons = trace(module)
     if traced is None:
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            report.append((name, f"keeps its forward, {reasons[module]}"))
-        return _optimize_children(module, settings, report, name)
+        return _keep(module, reasons[module], settings, report, name)
     for part_name in {str(n.target): None for n in traced.graph.nodes if n.op == "call_module"}:
         part = traced.get_submodule(part_name)
-        deeper = part in reasons or any(part.children())
+        deeper = part in reasons or list(part.children())
         if deeper and not as_layer(part) and not why_left(part):
             new = _optimize(part, settings, report, _join(name, part_name))
             if new is not part:
@@ -218,11 +263,25 @@ def _optimize(module: nn.Module, settings: dict[str, Any], report: Report, name:
     }
     notes, _ = optimize_graph(traced, settings, weights)
     report += [(_join(name, part_name), text) for part_name, text in notes]
-    if len(report) == before:
+    if len(report) == before and not assumes(traced):
         return module  # nothing to gain
-    if name and has_options(module):  # and called with them, as decoders' blocks are
+    if len(report) == before and not reads_strides(module):  # which a graph does not
+        return _keep(module, "its forward compares sizes", settings, report, name)
+    if assumes(traced):
+        report.append((name, "a graph, its forward for sizes that this treats otherwise"))
+    if assumes(traced) or (name and has_options(module)):  # called with them, as decoders' blocks
         module = _optimize_children(module, settings, [], name)
-    return Part(traced, module) if name or has_options(module) else traced
+    whole = not (name or has_options(module) or assumes(traced))
+    return traced if whole else Part(traced, module)
+
+
+def _keep(
+    module: nn.Module, reason: str, settings: dict[str, Any], report: Report, name: str
+) -> nn.Module:
+    """A module with its own ``forward``, and this reason for it."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        report.append((name, f"keeps its forward, {reason}"))
+    return _optimize_children(module, settings, report, name)
 
 
 def _optimize_children(

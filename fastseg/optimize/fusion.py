@@ -16,7 +16,7 @@ from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
 from ..nn.packed_linear import PackedLinear, unsupported_linear
 from ..nn.packed_transposed import PackedConvTranspose2d, unsupported_transposed
-from .tracing import IN_PLACE, has_hooks
+from .tracing import has_hooks, may_write
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 # By the name that the engine has for them; layers, functions, methods.
@@ -288,15 +288,7 @@ class Fusion:
 
     def writes(self, node: fx.Node) -> bool:
         """Whether a node may change its first argument."""
-        if node.op == "call_module":
-            return bool(getattr(self.module(node), "inplace", False))
-        if node.op == "call_method":
-            return str(node.target).endswith("_") or node.target == "__setitem__"
-        if node.op != "call_function":
-            return False
-        name = getattr(node.target, "__name__", "")
-        options = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
-        return node.target in (*IN_PLACE, operator.setitem) or name.endswith("_") or bool(options)
+        return may_write(node, self.module(node))
 
     def activation(self, node: fx.Node | None) -> tuple[str, float]:
         """Name and slope of the activation that ``node`` is; "none" if it is something else."""

@@ -38,8 +38,9 @@ import torch
 from torch import nn
 
 from ..nn.packed import PackedConv2d
+from ..nn.packed_linear import PackedLinear
 
-# Of all convolutions. The first costs networks of 1x1 and 3x3 layers no time.
+# Of all convolutions of one group. The first costs networks of 1x1 and 3x3 layers no time.
 SHARE = 0.25
 MANY, SHARE_OF_MANY = 0.4, 0.15  # where there would be more than so many
 LEAST = 9  # fewer are a layer or a block, whose error says little of the network around it
@@ -49,7 +50,9 @@ SIZE = 65  # of the maps that the choice is tried on
 def decide_rounded(network: nn.Module) -> list[PackedConv2d]:
     """The layers that must not be transformed and rounded, so that few enough are: those with the
     fewest weights, which gain the least."""
-    convs = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    linear = {m.conv for m in network.modules() if isinstance(m, PackedLinear)}
+    convs = [m for m in network.modules() if isinstance(m, PackedConv2d) and m.groups == 1]
+    convs = [conv for conv in convs if conv not in linear]
     rounded = [conv for conv in convs if _is_rounded(conv)]
     if len(convs) < LEAST:
         return []

@@ -17,11 +17,14 @@ from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.resize import MODES
 from .fusion import Fusion, argument, is_plain, module_of, only_user
 
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Identity)
 UPSAMPLES = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 
 
 def respell(traced: fx.GraphModule) -> None:
-    """Layers that resize, paddings of convolutions, and sums of stacks."""
+    """Layers that resize, paddings of convolutions, sums of stacks, and numbers of dimensions."""
+    for node in traced.graph.nodes:
+        _dimensions(traced, node)
     for node in list(traced.graph.nodes):
         for rule in (_upsample, _stack, _padding):
             new = rule(traced, node)
@@ -33,6 +36,18 @@ def respell(traced: fx.GraphModule) -> None:
                     if not source.users and source.op != "placeholder":
                         traced.graph.erase_node(source)
                 break
+
+
+def _dimensions(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Read from the input of a layer, which has as many: then nobody reads the result twice."""
+    asks = node.target is getattr and node.args[1] == "ndim"
+    if not asks and not (node.op == "call_method" and node.target == "dim"):
+        return
+    source: Any = node.args[0]
+    while is_plain(module_of(traced, source), *LAYERS) and source.args:
+        source = source.args[0]
+    if isinstance(source, fx.Node):
+        node.update_arg(0, source)
 
 
 def reshape_views(fusion: Fusion) -> None:

@@ -27,6 +27,18 @@ STRIDES = frozenset(
     ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage")
 )
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+# Layers and functions that return a tensor, the functions if one of their arguments is one.
+LAYERS = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid),
+    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
+# Sizes are mostly multiples of what they are divided by, and equal where that matters.
+ASSUMED: dict[Any, bool] = {
+    operator.eq: True,
+    **dict.fromkeys((operator.ne, operator.lt, operator.gt, operator.mod), False),
+}
+FUNCTIONS = (operator.add, operator.iadd, operator.mul, torch.add, torch.mul, torch.relu)
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
 
 
@@ -34,15 +46,28 @@ class Untraceable(Exception):
     """A module does what a graph cannot do; the text says what."""
 
 
+class Declined(Exception):
+    """Sizes are not as a graph assumes."""
+
+
+def assume(condition: Any, expected: bool) -> None:
+    """What a graph does in place of a branch."""
+    if bool(condition) != expected:
+        raise Declined
+
+
 class _Proxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What ``isinstance(x, Tensor)`` asks; a network's own question has no answer here."""
+        """What ``isinstance(x, Tensor)`` asks; a network's own question has an answer only where
+        ``x`` is the result of a layer."""
         frame: FrameType | None = sys._getframe(1)
         while frame and frame.f_globals.get("__name__") in ("abc", "typing"):
             frame = frame.f_back
         if frame and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
             return _Proxy
+        if self.tracer.makes_tensor(self.node):  # type: ignore[attr-defined]
+            return Tensor
         raise Untraceable("its forward looks at the type of a tensor")
 
 
@@ -61,7 +86,8 @@ for _operation in IN_PLACE:
 
 class Tracer(fx.Tracer):
     """Looks into blocks and networks; not into torch's layers, the leaves of fastseg.nn, what has
-    hooks, and ``opaque`` modules, which do not trace.
+    hooks, and ``opaque`` modules, which do not trace. Where the ``forward`` of the root itself
+    compares sizes, as libraries check their inputs, the graph assumes what :data:`ASSUMED` says.
 
     Attributes:
         culprit: the innermost module whose ``forward`` raised.
@@ -77,6 +103,28 @@ class Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.known = known  # not those of other threads, nor those that a forward makes
         self.autocast = torch.is_autocast_enabled("cpu")
+        self.depth = 0  # modules between the root and the one whose forward runs
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Only where nothing has changed yet: a graph that declines is followed by another run."""
+        expected = ASSUMED.get(obj.node.target)
+        if expected is None or self.depth > 0 or not _is_of_sizes(obj.node):
+            return super().to_bool(obj)  # raises
+        for node in self.graph.nodes:
+            module = self.module_of(node)
+            if module in self.opaque or may_write(node, module):
+                return super().to_bool(obj)
+        self.create_proxy("call_function", assume, (obj, expected), {})
+        return expected
+
+    def makes_tensor(self, node: fx.Node) -> bool:
+        """Whether a result is a tensor as surely as layers are what their classes say."""
+        if node.op == "call_module":
+            return type(self.module_of(node)) in LAYERS
+        return node.target in FUNCTIONS and any(map(self.makes_tensor, node.all_input_nodes))
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, ConvBNReLU2d) or m in self.opaque:
@@ -94,11 +142,14 @@ class Tracer(fx.Tracer):
         foreign = self.known is not None and m not in self.known
         if foreign or threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        self.depth += 1
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.culprit = self.culprit or m
             raise
+        finally:
+            self.depth -= 1
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         if threading.get_ident() != self.thread:
@@ -155,6 +206,37 @@ def trace(module: nn.Module) -> tuple[fx.GraphModule | None, dict[nn.Module, str
             if culprit is None or culprit is module or culprit in opaque:
                 return None, {module: reason}
             opaque[culprit] = reason
+
+
+def assumes(traced: fx.GraphModule) -> bool:
+    """Whether a graph may decline inputs."""
+    return any(node.target is assume for node in traced.graph.nodes)
+
+
+def may_write(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node, which calls this module or none, may change its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") or node.target == "__setitem__"
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    options = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
+    return node.target in (*IN_PLACE, operator.setitem) or name.endswith("_") or bool(options)
+
+
+def _is_of_sizes(node: fx.Node) -> bool:
+    """Whether a value is worked out from the sizes of tensors alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    sources = node.all_input_nodes
+    known = getattr(node.target, "__module__", "") == "_operator"
+    return known and bool(sources) and all(map(_is_of_sizes, sources))
 
 
 def required_arguments(module: nn.Module) -> list[str]:
