@@ -1,12 +1,13 @@
 """Make a trained network fast on the CPU: its convolutions by the engine, everything else kept.
 
 A network, or the largest parts of it that ``torch.fx`` can trace (:mod:`.tracing`), becomes a
-graph. In it each convolution takes over the batch norm, the addition and the activation behind it
-(:mod:`.fusion`), and with it a shortcut's (:mod:`.sums`); pools, pyramids and resized scores get
-their own forms (:mod:`.max_pools`, :mod:`.pyramids`, :mod:`.resizes`); and results go to buffers
-that are used again (:mod:`fastseg.memory_plan`), so that the calls of operators can be repeated as
-they were (:mod:`.replay`). What does not trace keeps its own ``forward``, with its children
-optimised one by one. What the engine does not compute stays as it is; :func:`explain` says why.
+graph. In it each convolution or linear layer takes over the batch norm, the addition and the
+activation behind it (:mod:`.fusion`), and with it a shortcut's (:mod:`.sums`); pools, pyramids and
+resized scores get their own forms (:mod:`.max_pools`, :mod:`.pyramids`, :mod:`.resizes`); and
+results go to buffers that are used again (:mod:`fastseg.memory_plan`), so that the calls of
+operators can be repeated as they were (:mod:`.replay`). What does not trace keeps its own
+``forward``, with its children optimised one by one. What the engine does not compute stays as it
+is; :func:`explain` says why.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``torch.fx`` runs a ``forward`` once on stand-ins for tensors. What that run does not show it would
 lose in silence: hooks, attributes that ``forward`` sets, a look at the type of an argument. Such a
-module keeps its own ``forward``, and so does one that looks at values; the reason is kept too.
+module keeps its own ``forward``, and so does one that looks at values; the reason is kept too. Of a
+comparison of sizes the graph assumes one outcome (:func:`assume`) and declines all else.
 """
 
 from __future__ import annotations
