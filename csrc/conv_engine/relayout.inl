@@ -1,5 +1,5 @@
 // Images from NCHW to channels last and back: matrices of (channel, pixel) transposed by way of
-// registers, sixteen (kLanes) of each at a time, rounded or widened on the way.
+// registers, kLanes of each at a time, and rounded to bfloat16 where that is wanted.
 
 // A value of another type; of the same type its bits, which narrow() may not keep.
 template <typename From, typename To>

@@ -19,7 +19,7 @@ class PackedLinear(nn.Module):
     Shapes: x (..., C), residual (..., K) -> (..., K).
 
     Raises:
-        ValueError: the engine does not compute this layer.
+        ValueError: the engine does not compute this layer, or x has another number of features.
     """
 
     def __init__(self, linear: nn.Linear, **options: Any) -> None:
@@ -43,6 +43,10 @@ class PackedLinear(nn.Module):
         return self.conv.bias
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"PackedLinear: x must be (..., {self.in_features}), got {tuple(x.shape)}"
+            )
         conv, image = self.conv, as_image(x).to(self.conv.dtype)
         shape = (*x.shape[:-1], self.out_features)
         if residual is None or residual.shape == shape:

@@ -103,12 +103,10 @@ def optimize(
         fast = _each(fast, lambda part: to_bfloat16(part, widens))
     unpools = any(isinstance(m, nn.MaxUnpool2d) for m in model.modules())
     unpools = unpools or any(text == READ_BY_UNPOOLING for _, text in report)
-    if unpools and accuracy == "default":
-        for conv in decide_maxima(fast):
-            conv.accuracy = "maxima"
-    elif accuracy == "default":
-        for conv in decide_rounded(fast):
-            conv.accuracy = "strict"
+    decide, less = (decide_maxima, "maxima") if unpools else (decide_rounded, "strict")
+    for part in (fast.traced, fast.own) if isinstance(fast, Part) else (fast,):
+        for conv in decide(part) if accuracy == "default" else ():
+            conv.accuracy = less
     if isinstance(fast, fx.GraphModule):
         fast.meta[NOTES] = report  # which its copies keep; its pickles keep the attribute
         vars(fast)[NOTES] = report

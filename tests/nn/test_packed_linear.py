@@ -95,5 +95,9 @@ def test_is_a_layer_like_any():
 
 def test_says_what_it_does_not_compute():
     assert "float64" in unsupported_linear(nn.Linear(3, 3).double())
-    with pytest.raises(ValueError, match=r"PackedLinear: Identity is not a plain Linear"):
+    with pytest.raises(ValueError, match="PackedLinear: Identity is not a plain Linear"):
         PackedLinear(nn.Identity())
+    packed = PackedLinear(nn.Linear(3, 3))
+    for shape in ((), (4,), (3, 2)):
+        with pytest.raises(ValueError, match=r"PackedLinear: x must be \(\.\.\., 3\), got"):
+            packed(torch.randn(shape))
