@@ -51,17 +51,19 @@ FASTSEG_INLINE Vec sigmoid(Vec v) {
   return 1.0f / (1.0f + exponential(clamp(Vec{} - v, -87.0f, 87.0f)));
 }
 
-// v times the share of a normal distribution below v, 0.5 v (1 + erf(v / sqrt(2))). The error
-// function is Abramowitz and Stegun's approximation 7.1.26, which is off by less than 1.5e-7.
+// v times the share of a normal distribution below v, 0.5 v (1 + erf(v / sqrt(2))). The share above
+// |v| has the form of Abramowitz and Stegun's 7.1.26, a polynomial in 1 / (1 + 0.26 |v|) times
+// e^(-v^2 / 2), here with two more terms and fitted to |v| times the share: off by up to 2.3e-9.
 FASTSEG_INLINE Vec gelu(Vec v) {
   const Vec size = at_most(Vec{} + 13.0f, at_least(v, Vec{} - v));
-  const Vec t = 1.0f / (1.0f + size * (0.3275911f * 0.707106781f));
-  Vec p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Vec share = p * t * exponential(size * size * -0.5f) * 0.5f;  // above |v|
-  return relu(v) - size * share;
+  const Vec t = 1.0f / (1.0f + size * 0.26f);
+  Vec p = t * -0.05794435f + 0.15811696f;
+  p = p * t + 0.03125936f;
+  p = p * t + 0.02537462f;
+  p = p * t + 0.1536049f;
+  p = p * t + 0.08309844f;
+  p = p * t + 0.10649003f;
+  return relu(v) - size * (p * t * exponential(size * size * -0.5f));
 }
 
 // The other form of it, 0.5 v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))).

@@ -327,7 +327,7 @@ def test_errors():
     with pytest.raises(ValueError, match="bias must have 8 elements"):
         pack_conv(weight, torch.zeros(9))
     with pytest.raises(ValueError, match="activation must be one of"):
-        pack_conv(weight, activation="gelu")
+        pack_conv(weight, activation="swish")
     with pytest.raises(ValueError, match="Winograd tiles need a 3x3 kernel"):
         pack_conv(torch.randn(8, 16, 1, 1), tile=4)
     with pytest.raises(ValueError, match="tile must be 0"):
