@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -85,54 +86,30 @@ def lift(traced: fx.GraphModule, values: Mapping[fx.Node, Tensor], report: Repor
 
 
 def _conv(
+    kind: Any,
     weight: Tensor,
     bias: Tensor | None,
     stride: Any = None,
     padding: Any = None,
     dilation: Any = None,
     groups: int | None = None,
-) -> nn.Conv2d:
-    K, C, R, S = weight.shape
+    **output_padding: Any,  # of transposed ones
+) -> nn.Conv2d | nn.ConvTranspose2d:
+    first, second, R, S = weight.shape
     groups = groups or 1
-    conv = nn.Conv2d(
-        C * groups,
-        K,
+    sizes = (second * groups, first) if kind is nn.Conv2d else (first, second * groups)
+    conv = kind(
+        *sizes,
         (R, S),
-        stride or 1,
-        padding or 0,
-        dilation or 1,
-        groups,
-        bias is not None,
+        stride=stride or 1,
+        padding=padding or 0,
+        dilation=dilation or 1,
+        groups=groups,
+        bias=bias is not None,
         device="meta",
+        **{name: value or 0 for name, value in output_padding.items()},
     )
-    conv.weight, conv.bias = _frozen(weight), _frozen(bias)  # type: ignore[assignment]
-    return conv.eval()
-
-
-def _conv_transposed(
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any = None,
-    padding: Any = None,
-    output_padding: Any = None,
-    groups: int | None = None,
-    dilation: Any = None,
-) -> nn.ConvTranspose2d:
-    C, K, R, S = weight.shape
-    groups = groups or 1
-    conv = nn.ConvTranspose2d(
-        C,
-        K * groups,
-        (R, S),
-        stride or 1,
-        padding or 0,
-        output_padding or 0,
-        groups,
-        bias is not None,
-        dilation or 1,
-        device="meta",
-    )
-    conv.weight, conv.bias = _frozen(weight), _frozen(bias)  # type: ignore[assignment]
+    conv.weight, conv.bias = _frozen(weight), _frozen(bias)
     return conv.eval()
 
 
@@ -161,7 +138,12 @@ def _batch_norm(
     return bn.eval()
 
 
-MAKERS = {CONV: _conv, TRANSPOSED: _conv_transposed, LINEAR: _linear, BATCH_NORM: _batch_norm}
+MAKERS = {
+    CONV: functools.partial(_conv, nn.Conv2d),
+    TRANSPOSED: functools.partial(_conv, nn.ConvTranspose2d),
+    LINEAR: _linear,
+    BATCH_NORM: _batch_norm,
+}
 
 
 def _frozen(t: Tensor | None) -> nn.Parameter | None:

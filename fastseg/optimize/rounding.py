@@ -51,8 +51,8 @@ def decide_rounded(network: nn.Module) -> list[PackedConv2d]:
     """The layers that must not be transformed and rounded, so that few enough are: those with the
     fewest weights, which gain the least."""
     linear = {m.conv for m in network.modules() if isinstance(m, PackedLinear)}
-    convs = [m for m in network.modules() if isinstance(m, PackedConv2d) and m.groups == 1]
-    convs = [conv for conv in convs if conv not in linear]
+    convs = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    convs = [conv for conv in convs if conv.groups == 1 and conv not in linear]
     rounded = [conv for conv in convs if _is_rounded(conv)]
     if len(convs) < LEAST:
         return []

@@ -16,8 +16,8 @@ from ..nn.packed_linear import PackedLinear
 from ..nn.packed_transposed import PackedConvTranspose2d
 from ..nn.resize import MODES
 from .fusion import Fusion, argument, is_plain, module_of, only_user
+from .tracing import LAYERS
 
-LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Identity)
 UPSAMPLES = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 
 

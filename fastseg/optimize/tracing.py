@@ -28,7 +28,8 @@ STRIDES = frozenset(
     ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage")
 )
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-# Layers and functions that return a tensor, the functions if one of their arguments is one.
+# Layers that return a tensor, of as many dimensions as their input, and functions that return one
+# if one of their arguments is one.
 LAYERS = (
     *(nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid),

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastseg
 from fastseg import models
+from fastseg.memory_plan import Concat
 from fastseg.optimize.backend import compile_graph
 
 from .test_patterns import PSP, PoolUnpool
@@ -199,8 +200,10 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def test_functions_of_layers(caplog):
+def test_functions_of_layers(caplog, monkeypatch):
     """Transposed and linear layers and ReLU6, and concatenations whose channels only it knows."""
+    places = []
+    monkeypatch.setattr(Concat, "__init__", _recorded(Concat.__init__, places))
     model, x = randomise(Decoder()), torch.randn(2, 8, 9, 7)
     fast = compiled(model, fullgraph=True)
     with caplog.at_level(logging.INFO, logger="fastseg"):
@@ -208,3 +211,12 @@ def test_functions_of_layers(caplog):
     lines = [record.message for record in caplog.records]
     assert sum("convolution engine" in line for line in lines) == 3
     assert any("activation=relu6" in line for line in lines)
+    assert len(places) == 1
+
+
+def _recorded(init, made):
+    def recorded(self, *args):
+        made.append(self)
+        init(self, *args)
+
+    return recorded

@@ -153,3 +153,25 @@ def test_gates(squeeze, ours):
     fast = check(randomise(Gate(squeeze)), torch.randn(2, 3, 9, 11))
     assert count(fast, GridPool2d) == ours
     assert ("averages over grids of side 1" in fastseg.explain(fast)) == ours
+
+
+class AsksForRank(nn.Module):
+    """As timm's norms, between a convolution and what it takes over."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        torch._assert(y.ndim == 4, "expected an image")
+        y = F.relu(self.bn(y))
+        return self.last(y) * y.dim()
+
+
+@torch.no_grad()
+def test_rank():
+    fast = check(randomise(AsksForRank()), torch.randn(2, 3, 7, 9))
+    assert count(fast, nn.BatchNorm2d) == 0
+    assert "conv: convolution engine" in fastseg.explain(fast)
+    assert "activation=relu" in fastseg.explain(fast)
