@@ -180,8 +180,9 @@ struct WeightGradientKernel {
       double row[kOut];
       Scheme::weight_row(i, row);
       const bool infinite = i == kIn - 1;
-      double power = infinite ? 1 : row[0];
-      for (int t = 0; t < 3; ++t, power *= Scheme::point(i)) {
+      const double point = infinite ? 0 : Scheme::point(i);
+      double power = row[0];
+      for (int t = 0; t < 3; ++t, power *= point) {
         powers[t][i] = static_cast<float>(infinite ? t == 2 : power);
       }
     }

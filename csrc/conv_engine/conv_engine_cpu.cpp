@@ -191,7 +191,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.x = input_image<T>(x, "x");
   FASTSEG_CHECK(o.groups >= 1 && x.size(1) % o.groups == 0,
                 "conv_engine: groups must divide the channels, got ", o.groups, " and ", x.size(1));
-  check_groups(o.groups, out_channels, x.size(1) / o.groups, o.tile);
+  check_groups<E>(o.groups, out_channels, x.size(1) / o.groups, o.tile);
   conv.groups = o.groups;
   conv.N = x.size(0), conv.C = x.size(1) / o.groups, conv.H = x.size(2), conv.W = x.size(3);
   conv.K = out_channels / o.groups;
@@ -256,6 +256,8 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
     FASTSEG_COUNT("conv_engine.grouped");
     if constexpr (std::is_same_v<E, float>) {
       conv.C == 1 && conv.K == 1 ? run_depthwise(conv) : run_grouped(conv);
+    } else {
+      run_grouped(conv);
     }
   } else if (o.groups == 1) {
     run_one<Conv>(conv, o.tile);

@@ -17,14 +17,15 @@ struct DepthwiseKernel {
     const bool paired = kPairedLines == 2 && segments[0].shared && conv.S == 5 &&
                         conv.stride_h == 1 && conv.stride_w == 1 && conv.dilation_h == 1;
     for_each_block(conv, segments, kBlockPixels, paired, begin, end, k_end - k_begin, k_begin,
-                   k_end, [&](const Taps<T>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
+                   k_end,
+                   [&](const Taps<Conv>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
                      block(conv, segments[0].shared, taps, to, k, last);
                    });
     if (conv.stream) stream_fence();
   }
 
  private:
-  static void block(const Conv& conv, bool shared, const Taps<T>& taps, const Pixels<T>& to,
+  static void block(const Conv& conv, bool shared, const Taps<Conv>& taps, const Pixels<T>& to,
                     int64_t k, int64_t k_end) {
     if (!shared) {
       all_channels<0, 1, 1>(conv, taps, to, k, k_end);
@@ -44,7 +45,7 @@ struct DepthwiseKernel {
   // kTaps: columns of the kernel, all of which each pixel has, or 0 for those that a segment has.
   // kStride: how many of the pixels read lie between two outputs. kLines: of output.
   template <int kTaps, int kStride, int kLines>
-  static void all_channels(const Conv& conv, const Taps<T>& taps, const Pixels<T>& to, int64_t k,
+  static void all_channels(const Conv& conv, const Taps<Conv>& taps, const Pixels<T>& to, int64_t k,
                            int64_t k_end) {
     constexpr int kVectors = FASTSEG_ISA_LEVEL >= 2 && kLines == 1 ? 2 : 1;
     if (to.count == kBlockPixels && taps.are_inside(kTaps)) {
@@ -65,7 +66,7 @@ struct DepthwiseKernel {
   // kVectors of channels from k on; of one of them `lanes`. kPart: some of the pixels are outside
   // of the image or not wanted, or some of the lanes.
   template <int kTaps, int kStride, int kLines, int kVectors, bool kPart>
-  FASTSEG_INLINE void some_channels(const Conv& conv, const Taps<T>& taps, const Pixels<T>& to,
+  FASTSEG_INLINE void some_channels(const Conv& conv, const Taps<Conv>& taps, const Pixels<T>& to,
                                     int64_t k, int64_t lanes) {
     constexpr int P = kBlockPixels, V = kVectors, L = kLines;
     Vec acc[L][V][P];

@@ -1,30 +1,23 @@
 // Convolutions in groups of few channels: lanes are output channels, of one or several groups, and
-// up to kGroupedPixels pixels of a line of output share the register of a weight. Channel j of its
-// own group gets to every lane by a broadcast or two or by a permutation; each pixel does so once
-// for all taps of a kernel row of three.
-// Packed weight: [tap][channel of a group][outputs of all groups, whole panels].
+// up to kGroupedPixels pixels of a line of output share the register of a weight. Word j of its own
+// group, a channel or for bfloat16 products two, gets to every lane by a broadcast or two or by a
+// permutation; each pixel does so once for all taps of a kernel row of three.
+// Packed weight: [tap][word of a group][outputs of all groups, whole panels].
 
 // Sums in registers, beside the weights of a kernel row and what they multiply.
-constexpr int kGroupedPixels = FASTSEG_ISA_LEVEL >= 2 ? 12 : 8;
+constexpr int kGroupedPixels = FASTSEG_ISA_LEVEL >= 2 ? 16 : 8;
 
 // Weights of so many bytes stay in L1 while the pixels of a line pass by.
 constexpr int64_t kKeptWeights = 24 * 1024;
 
-FASTSEG_INLINE auto load_scalar(const float* p) { return load_word(p); }
-FASTSEG_INLINE float load_scalar(const BFloat16* p) {
-  float value;
-  copy_run(p, &value, 1);
-  return value;
-}
-
 // Lane l of the result is lane index[l] of v.
-FASTSEG_INLINE Vec permute(Vec v, Words index) {
+FASTSEG_INLINE Words permute(Words v, Words index) {
 #if FASTSEG_ISA_LEVEL >= 2
-  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+  return (Words)_mm512_permutexvar_epi32((__m512i)index, (__m512i)v);
 #elif FASTSEG_ISA_LEVEL == 1
-  return (Vec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+  return (Words)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)index);
 #else
-  Vec permuted;
+  Words permuted;
   for (int l = 0; l < kLanes; ++l) permuted[l] = v[index[l]];
   return permuted;
 #endif
@@ -33,6 +26,8 @@ FASTSEG_INLINE Vec permute(Vec v, Words index) {
 template <class Conv>
 struct GroupedKernel {
   using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
+  using Word = std::conditional_t<std::is_same_v<E, BFloat16>, Words, Vec>;
 
   static int64_t lanes() { return kLanes; }
 
@@ -40,17 +35,17 @@ struct GroupedKernel {
   static void run(const Conv& conv, const std::vector<LaneReads>& reads,
                   const std::vector<LineSegment>& segments, int64_t begin, int64_t end,
                   int64_t k_begin, int64_t k_end) {
-    const int64_t vectors = kKeptWeights / (conv.R * conv.S * conv.C * kLanes * sizeof(float));
+    const int64_t vectors = kKeptWeights / (conv.R * conv.S * conv.C * kLanes * sizeof(E));
     for_each_block(conv, segments, kGroupedPixels, false, begin, end,
                    std::max<int64_t>(vectors, 1) * kLanes, k_begin, k_end,
-                   [&](const Taps<T>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
+                   [&](const Taps<Conv>& taps, const Pixels<T>& to, int64_t k, int64_t last) {
                      block(conv, reads.data(), segments[0].shared, taps, to, k, last);
                    });
     if (conv.stream) stream_fence();
   }
 
  private:
-  static void block(const Conv& conv, const LaneReads* reads, bool shared, const Taps<T>& taps,
+  static void block(const Conv& conv, const LaneReads* reads, bool shared, const Taps<Conv>& taps,
                     const Pixels<T>& to, int64_t k, int64_t k_end) {
     if (!shared) {
       block_of<0, 1>(conv, reads, taps, to, k, k_end);
@@ -65,7 +60,7 @@ struct GroupedKernel {
   // kStride: how many of the pixels read lie between two outputs. kPart: some of the pixels are
   // outside of the image or not wanted.
   template <int kTaps, int kStride>
-  FASTSEG_INLINE void block_of(const Conv& conv, const LaneReads* reads, const Taps<T>& taps,
+  FASTSEG_INLINE void block_of(const Conv& conv, const LaneReads* reads, const Taps<Conv>& taps,
                                const Pixels<T>& to, int64_t k, int64_t k_end) {
     if (to.count == kGroupedPixels && taps.are_inside(kTaps)) {
       all_channels<kTaps, kStride, false>(conv, reads, taps, to, k, k_end);
@@ -75,7 +70,7 @@ struct GroupedKernel {
   }
 
   template <int kTaps, int kStride, bool kPart>
-  static void all_channels(const Conv& conv, const LaneReads* reads, const Taps<T>& taps,
+  static void all_channels(const Conv& conv, const LaneReads* reads, const Taps<Conv>& taps,
                            const Pixels<T>& to, int64_t k, int64_t k_end) {
     for (; k < k_end; k += kLanes) {
       const LaneReads& read = reads[k / kLanes];
@@ -90,62 +85,75 @@ struct GroupedKernel {
     }
   }
 
-  // Channel j of each lane's group of the pixel at x.
-  template <LaneReads::Kind kKind>
-  FASTSEG_INLINE Vec operand(const T* x, const LaneReads& read, Words index) {
-    if constexpr (kKind == LaneReads::kOne) {
-      return broadcast(load_scalar(x));
-    } else if constexpr (kKind == LaneReads::kTwo) {
-      const Vec second = broadcast(load_scalar(x + read.second));
-      return (Vec)(index ? (Words)second : (Words)broadcast(load_scalar(x)));
+  // The word at x for every lane.
+  FASTSEG_INLINE Word broadcast_from(const T* x) {
+    if constexpr (std::is_same_v<T, E>) {
+      return broadcast(load_word(x));
     } else {
-      return permute(load(x), index);
+      float value;
+      copy_run(x, &value, 1);
+      return broadcast(value);
+    }
+  }
+
+  // A word of each lane's group of the pixel at x.
+  template <LaneReads::Kind kKind>
+  FASTSEG_INLINE Word operand(const T* x, const LaneReads& read, Words index) {
+    if constexpr (kKind == LaneReads::kOne) {
+      return broadcast_from(x);
+    } else if constexpr (kKind == LaneReads::kTwo) {
+      return (Word)(index ? (Words)broadcast_from(x + read.second) : (Words)broadcast_from(x));
+    } else if constexpr (std::is_same_v<E, BFloat16>) {
+      return permute(load_words(x), index);
+    } else {
+      return (Word)permute((Words)load(x), index);
     }
   }
 
   // The pixels of a block, `lanes` output channels from k on.
   template <LaneReads::Kind kKind, int kTaps, int kStride, bool kPart>
-  FASTSEG_INLINE void some_channels(const Conv& conv, const LaneReads& read, const Taps<T>& taps,
+  FASTSEG_INLINE void some_channels(const Conv& conv, const LaneReads& read, const Taps<Conv>& taps,
                                     const Pixels<T>& to, int64_t k, int64_t lanes) {
     constexpr int P = kGroupedPixels;
     Vec acc[P];
     const Vec bias = load(conv.bias + k);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) acc[p] = bias;
     const int64_t inside_end = std::min(taps.inside_end, taps.reads), step = taps.step;
-    const int64_t weights = taps.weight_column / conv.C;
+    const int64_t words = conv.C / kPerWord<E>, word_weights = taps.weight_column / words;
     const T* line = taps.x + read.first;
-    const float* row_weights = taps.weight + k;
+    const E* row_weights = taps.weight + k * kPerWord<E>;
     const Words offset = *reinterpret_cast<const UnalignedWords*>(read.offset);
     for (int64_t r = 0; r < taps.rows; ++r) {
-      for (int64_t j = 0; j < conv.C; ++j) {
-        const T* x = kKind == LaneReads::kPermuted ? line : line + j;
+      for (int64_t j = 0; j < words; ++j) {
+        const T* x = kKind == LaneReads::kPermuted ? line : line + j * kPerWord<E>;
         const Words index =
             kKind == LaneReads::kPermuted ? offset + static_cast<uint32_t>(j) : offset;
-        const float* w = row_weights + j * weights;
+        const E* w = row_weights + j * word_weights;
         if constexpr (kTaps > 0) {
           constexpr int kReads = (P - 1) * kStride + kTaps;
-          Vec weight[kTaps];
+          Word weight[kTaps];
 #pragma GCC unroll 3
-          for (int s = 0; s < kTaps; ++s) weight[s] = load(w + s * taps.weight_column);
-#pragma GCC unroll 32
+          for (int s = 0; s < kTaps; ++s) weight[s] = load_words(w + s * taps.weight_column);
+#pragma GCC unroll 40
           for (int i = 0; i < kReads; ++i, x += step) {
             if (kPart && (i < taps.inside_begin || i >= inside_end)) continue;
-            const Vec v = operand<kKind>(x, read, index);
+            const Word v = operand<kKind>(x, read, index);
 #pragma GCC unroll 3
             for (int s = 0; s < kTaps; ++s) {
               if (i >= s && (i - s) % kStride == 0 && (i - s) / kStride < P) {
-                acc[(i - s) / kStride] += v * weight[s];
+                Vec& sum = acc[(i - s) / kStride];
+                sum = multiply_add(sum, v, weight[s]);
               }
             }
           }
         } else {
           for (int64_t s = 0; s < taps.columns; ++s) {
-            const Vec weight = load(w);
-#pragma GCC unroll 12
+            const Word weight = load_words(w);
+#pragma GCC unroll 16
             for (int p = 0; p < P; ++p) {
               if (kPart && p >= to.count) break;
-              acc[p] += operand<kKind>(x + p * step, read, index) * weight;
+              acc[p] = multiply_add(acc[p], operand<kKind>(x + p * step, read, index), weight);
             }
             x += conv.dilation_w * conv.x.pixel;
             w += taps.weight_column;

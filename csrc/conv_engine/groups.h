@@ -11,9 +11,13 @@ namespace fastseg {
 namespace conv_engine {
 
 // Whether each vector of outputs, on every instruction set, reads what the kernels of kGroupedTile
-// can spread over its lanes: channels of one or two groups, or of more that all fit in a vector.
-inline bool fits_vectors(int64_t groups, int64_t K, int64_t C) {
-  if (K == 1 && C == 1) return true;
+// can spread over its lanes: words of channels of one or two groups, or of more that all fit in a
+// vector.
+template <typename E>
+bool fits_vectors(int64_t groups, int64_t K, int64_t channels) {
+  if (channels % kPerWord<E> != 0) return false;
+  const int64_t C = channels / kPerWord<E>;
+  if (K == 1 && channels == 1) return true;
   for (int64_t lanes = 4; lanes <= kGroup; lanes *= 2) {
     for (int64_t k = 0; k < std::min(groups, lanes) * K; k += lanes) {
       const int64_t spanned = (std::min(groups * K, k + lanes) - 1) / K - k / K + 1;
@@ -24,13 +28,14 @@ inline bool fits_vectors(int64_t groups, int64_t K, int64_t C) {
 }
 
 // Whether weights (outputs, C, R, S) are those of so many groups, and these of this tile.
-inline void check_groups(int64_t groups, int64_t outputs, int64_t C, int64_t tile) {
+template <typename E>
+void check_groups(int64_t groups, int64_t outputs, int64_t C, int64_t tile) {
   FASTSEG_CHECK(groups >= 1 && outputs % groups == 0,
                 "conv_engine: groups must divide the output channels, got ", groups, " and ",
                 outputs);
-  FASTSEG_CHECK(tile != kGroupedTile || fits_vectors(groups, outputs / groups, C),
+  FASTSEG_CHECK(tile != kGroupedTile || fits_vectors<E>(groups, outputs / groups, C),
                 "conv_engine: tile 7 needs vectors of 16 outputs that read one or two groups or at "
-                "most 16 channels, got ",
+                "most 16 channels, of bfloat16 products 16 pairs, got ",
                 outputs / groups, " outputs and ", C, " channels in each of ", groups, " groups");
 }
 
@@ -69,9 +74,10 @@ struct InGroups : Conv {
   }
 };
 
-// Instantiated for float32 products.
+// Instantiated for the three kinds of Convolution.
 template <class Conv>
 void run_grouped(const InGroups<Conv>& conv);
+// For float32 products.
 template <class Conv>
 void run_depthwise(const InGroups<Conv>& conv);
 

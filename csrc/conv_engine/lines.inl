@@ -2,14 +2,16 @@
 // pixels, and the end of a block.
 
 // What the pixels of a block read of the image.
-template <typename T>
+template <class Conv>
 struct Taps {
+  using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
   int64_t lines;                            // of output
   int64_t first, rows, columns;             // of the kernel; two lines together read one row more
   const T* x;                               // the first of the first pixel
   int64_t step;                             // from one pixel that is read to the next
   int64_t reads, inside_begin, inside_end;  // how many, and which of them lie in the image
-  const float* weight;
+  const E* weight;
   int64_t weight_row, weight_column;
 
   // Whether the image has all that `kTaps` taps of each pixel read, or with 0 those of a segment.
@@ -47,7 +49,7 @@ FASTSEG_INLINE void for_each_block(const Conv& conv, const std::vector<LineSegme
     const int64_t r0 = std::min(above, kernel_rows), r1 = std::clamp(inside, r0, kernel_rows);
     for (int64_t k = k_begin; k < k_end; k += kept) {
       for (const LineSegment& segment : segments) {
-        Taps<T> taps;
+        Taps<Conv> taps;
         taps.lines = rows, taps.first = r0;
         taps.rows = segment.s0 < segment.s1 ? r1 - r0 : 0;
         taps.columns = segment.s1 - segment.s0;
@@ -100,7 +102,7 @@ FASTSEG_INLINE void finish_pixels(const Conv& conv, Vec (&sums)[kCount], int64_t
   using T = typename Conv::Storage;
   const auto add_residual = [&]() __attribute__((always_inline)) {
     const T* from = to.residual + l * conv.residual.row + k;
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int p = 0; p < kCount; ++p) {
       if (kPart && p >= to.count) break;
       sums[p] += kPart ? load_lanes(from + p * to.residual_step, lanes)
@@ -109,12 +111,12 @@ FASTSEG_INLINE void finish_pixels(const Conv& conv, Vec (&sums)[kCount], int64_t
   };
   if (to.residual && !conv.residual_last) add_residual();
   if (conv.activation > Activation::kHardSigmoid) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int p = 0; p < kCount; ++p) sums[p] = activate_long(sums[p], conv.activation);
   } else {
     dispatch_activation(conv.activation, [&](auto kind) __attribute__((always_inline)) {
       constexpr Activation kKind = kind <= Activation::kHardSigmoid ? kind : Activation::kNone;
-#pragma GCC unroll 12
+#pragma GCC unroll 16
       for (int p = 0; p < kCount; ++p) sums[p] = activate_as<kKind>(sums[p], conv.slope);
     });
   }
@@ -122,11 +124,11 @@ FASTSEG_INLINE void finish_pixels(const Conv& conv, Vec (&sums)[kCount], int64_t
   T* y = to.y + l * conv.y.row + k;
   constexpr bool kWholeLines = kLanes * sizeof(T) == 64;
   if (!kPart && kWholeLines && conv.stream) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int p = 0; p < kCount; ++p) store_stream(y + p * to.step, sums[p]);
     return;
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int p = 0; p < kCount; ++p) {
     if (kPart && p >= to.count) break;
     if (kPart && lanes < kLanes) {

@@ -108,12 +108,15 @@ void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
   });
 }
 
-// weight (K, C, R, S), K the outputs of all groups -> [tap][C][K], whole panels.
-void pack_grouped(const float* weight, int64_t K, int64_t C, int64_t taps, float* packed) {
-  for (int64_t i = 0; i < taps * C; ++i, packed += round_up(K, kPanel)) {
-    const int64_t tap = i / C, c = i % C;
-    for (int64_t k = 0; k < K; ++k) packed[k] = weight[(k * C + c) * taps + tap];
-    std::fill(packed + K, packed + round_up(K, kPanel), 0.0f);
+// weight (K, C, R, S), K the outputs of all groups -> [tap][word of C][K], whole panels.
+template <typename E>
+void pack_grouped(const float* weight, int64_t K, int64_t C, int64_t taps, E* packed) {
+  const int64_t columns = round_up(K, kPanel);
+  for (int64_t i = 0; i < taps * C; i += kPerWord<E>) {
+    for (int64_t k = 0; k < columns; ++k) {
+      const float* from = weight + (k * C + i % C) * taps + i / C;
+      for (int64_t c = 0; c < kPerWord<E>; ++c) *packed++ = E(k < K ? from[c * taps] : 0.0f);
+    }
   }
 }
 
@@ -136,7 +139,7 @@ void pack_weight(const Weights& weights, int64_t tile, int64_t strassen, E* pack
   } else if (tile == 0) {
     pack_gemm(weights, packed);
   } else if (tile == kGroupedTile) {
-    if constexpr (std::is_same_v<E, float>) pack_grouped(weights.data, K, C, taps, packed);
+    pack_grouped(weights.data, K, C, taps, packed);
   } else if (tile == kLineTile) {
     pack_winograd_1d(weights.data, K, C, taps, packed);
   } else {
@@ -155,7 +158,7 @@ Tensor pack(const Tensor& any, const std::optional<Tensor>& bias, int64_t tile, 
   const Tensor weight = reads_strides<E>(tile, strassen) ? any : torch::stable::contiguous(any);
   const int64_t outputs = weight.size(0), C = weight.size(1);
   const int64_t taps = weight.size(2) * weight.size(3);
-  check_groups(groups, outputs, C, tile);
+  check_groups<E>(groups, outputs, C, tile);
   check_tile<E>(tile, outputs / groups, C, weight.size(2), weight.size(3), strassen);
   FASTSEG_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous() &&
                           bias->scalar_type() == ScalarType::Float),

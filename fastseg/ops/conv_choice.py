@@ -45,7 +45,7 @@ rounded once more at the end, which alone is up to 4e-3 (half a step), as in tor
 algorithm            products  error
 ===================  ========  ===========================
 all                  float32   4e-3
-GEMM                 bfloat16  4e-3
+GEMM, grouped        bfloat16  4e-3
 bordered, to 2       bfloat16  1e-2
 bordered, to 3       bfloat16  1.5e-2
 F(2, 3)              bfloat16  8e-3
@@ -158,6 +158,9 @@ def choose_algorithm(
     C, K = in_channels // groups, out_channels // groups
     layer = (C, K, kernel_size, size, stride, padding, dilation)
     if groups > 1:
+        paired = dtype == torch.bfloat16 and fits_vectors(groups, K, C, torch.bfloat16)
+        if K < 32 and paired and fast_bfloat16():
+            return Algorithm(GROUPED, torch.bfloat16)
         alone = choose_algorithm(*layer, dtype=dtype, accuracy=accuracy)
         few = min(C, K) < 16 or (K < 32 and (alone.tile == 0 or K % 16))
         return Algorithm(GROUPED) if few and fits_vectors(groups, K, C) else alone
@@ -172,11 +175,16 @@ def fast_bfloat16() -> bool:
     return _C.bf16_products() and _C.cpu_isa() in BF16_RATE
 
 
-def fits_vectors(groups: int, out_channels: int, in_channels: int) -> bool:
+def fits_vectors(
+    groups: int, out_channels: int, in_channels: int, products: torch.dtype = torch.float32
+) -> bool:
     """Whether the kernels of ``GROUPED`` compute groups of so many outputs and channels: as in
-    csrc/conv_engine/tiles.h."""
-    K, C = out_channels, in_channels
-    if K == C == 1:
+    csrc/conv_engine/groups.h."""
+    per_word = 2 if products == torch.bfloat16 else 1
+    if in_channels % per_word:
+        return False
+    K, C = out_channels, in_channels // per_word
+    if K == in_channels == 1:
         return True
     for lanes in (4, 8, 16):
         for k in range(0, min(groups, lanes) * K, lanes):

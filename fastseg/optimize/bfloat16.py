@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,12 +52,18 @@ def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
 
 def narrowed(value: Any) -> Any:
     """Floating-point tensors, also in tuples, lists and dicts, in bfloat16."""
-    return tree_map_only(Tensor, lambda t: _narrow(t) if t.is_floating_point() else t, value)
+    return _in_tensors(value, lambda t: _narrow(t) if t.is_floating_point() else t)
 
 
 def widened(value: Any) -> Any:
     """Tensors in bfloat16, also in tuples, lists and dicts, in float32."""
-    return tree_map_only(Tensor, lambda t: _widen(t) if t.dtype == torch.bfloat16 else t, value)
+    return _in_tensors(value, lambda t: _widen(t) if t.dtype == torch.bfloat16 else t)
+
+
+def _in_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):  # by tree_map_only 8 us
+        return change(value)
+    return tree_map_only(Tensor, change, value)
 
 
 def _narrow(t: Tensor) -> Tensor:

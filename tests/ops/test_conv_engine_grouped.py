@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastseg.ops.conv_choice import GROUPED, choose_algorithm, fits_vectors
+from fastseg import _C
+from fastseg.ops.conv_choice import BF16_RATE, GROUPED, choose_algorithm, fits_vectors
 from fastseg.ops.conv_engine import ACTIVATIONS, conv_engine, conv_engine_reference, pack_conv
 from tests.conftest import assert_as_accurate
 
@@ -47,6 +48,14 @@ GROUPS = [  # and channels in, channels out of how many groups
     (1, 4, 4, 12, 151, 150, (3, 3), (1, 1), (1, 1), (1, 1)),  # results that pass the caches by
 ]
 CASES = [(N, 1, 1, C, *rest) for N, C, *rest in DEPTHWISE] + GROUPS
+BF16 = torch.bfloat16
+PAIRED = [  # those whose pairs of channels fit, which bfloat16 products take
+    *(shape for shape in GROUPS if fits_vectors(shape[3], shape[2], shape[1], BF16)),
+    (1, 6, 6, 11, 9, 21, (3, 3), (1, 1), (1, 1), (1, 1)),  # vectors of three and four groups
+    (1, 2, 2, 40, 9, 30, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (1, 8, 4, 9, 7, 26, (5, 5), (1, 1), (2, 2), (1, 1)),
+    (1, 32, 8, 4, 6, 15, (3, 3), (1, 1), (1, 1), (1, 1)),
+]
 
 
 def case(shape, dtype=torch.float32):
@@ -57,9 +66,9 @@ def case(shape, dtype=torch.float32):
     return x, weight, bias, options
 
 
-def fitting_tile(shape):
+def fitting_tile(shape, products=torch.float32):
     _, C, K, groups, *_ = shape
-    return GROUPED if fits_vectors(groups, K, C) else 0
+    return GROUPED if fits_vectors(groups, K, C, products) else 0
 
 
 def exact_result(x, weight, bias, residual=None, **options):
@@ -104,6 +113,35 @@ def test_residual_slices_and_bfloat16(shape, dtype, residual_last, cpu_isa):
     assert (whole[:, K + 3 :] == 7).all()
 
 
+@pytest.mark.parametrize("shape", PAIRED, ids=str)
+def test_bfloat16_products(shape, cpu_isa):
+    x, weight, bias, options = case(shape, BF16)
+    weight = weight.to(BF16).float()
+    options |= {"activation": "relu"}
+    residual = torch.randn(exact_result(x, weight, bias, **options).shape).to(BF16)
+    exact = exact_result(x, weight, bias, residual, **options)
+    y = conv_engine(x, pack_conv(weight, bias, tile=GROUPED, products=BF16, **options), residual)
+    assert (y - exact).abs().max() <= 2.0**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("products", [torch.float32, BF16])
+@pytest.mark.parametrize("channels", [(4, 4, 12), (6, 6, 11), (24, 24, 3), (2, 2, 3)])
+def test_groups_do_not_mix(channels, products, cpu_isa):
+    """What is not a number in a group stays in it."""
+    C, K, groups = channels
+    shape = (1, *channels, 7, 25, (3, 3), (1, 1), (1, 1), (1, 1))
+    x, weight, bias, options = case(shape, BF16)
+    conv = pack_conv(weight, bias, tile=fitting_tile(shape, products), products=products, **options)
+    clean = conv_engine(x, conv)
+    for group in range(groups):
+        broken = x.clone()
+        broken[:, group * C : (group + 1) * C] = torch.nan
+        y = conv_engine(broken, conv)
+        expected = clean.clone()
+        expected[:, group * K : (group + 1) * K] = torch.nan
+        assert torch.equal(y.nan_to_num(7e3), expected.nan_to_num(7e3))
+
+
 @pytest.mark.parametrize("tile", [0, 2, 4, GROUPED])
 def test_other_algorithms_in_groups(tile, cpu_isa):
     """All that is computed group by group, with a residual over which the result is written."""
@@ -142,15 +180,16 @@ def test_fuzz(cpu_isa):
             channels = draw(1, 40), draw(1, 40), draw(1, 9)
             if draw(0, 1):
                 channels = width, width, draw(1, 20)
-        x, weight, bias, options = case(
-            (draw(1, 3), *channels, *size, kernel, stride, padding, dilation)
-        )
-        C, K, groups = channels
-        tile = GROUPED if fits_vectors(groups, K, C) else 0
-        y = conv_engine(x, pack_conv(weight, bias, tile=tile, **options))
+        shape = (draw(1, 3), *channels, *size, kernel, stride, padding, dilation)
+        products = (torch.float32, BF16)[draw(0, 1)]
+        x, weight, bias, options = case(shape, products)
+        weight = weight.to(products).float()
+        tile = fitting_tile(shape, products)
+        conv = pack_conv(weight, bias, tile=tile, products=products, **options)
         exact = exact_result(x, weight, bias, **options)
         largest = max(exact.abs().max(), 3 * weight[0].square().sum().sqrt())
-        assert (y - exact).abs().max() <= 2e-6 * largest, (channels, x.shape, options)
+        rounding = {torch.float32: 2e-6, BF16: 2.0**-8}[products]
+        assert (conv_engine(x, conv) - exact).abs().max() <= rounding * largest, (shape, products)
 
 
 @pytest.mark.parametrize("tile", [GROUPED, 0, 4])
@@ -203,7 +242,8 @@ def test_operator_registration():
     for tile in (0, 2, 4, GROUPED):
         pack = torch.ops.fastseg.conv_engine_pack.default
         opcheck(pack, (weight, bias, tile, False, 0, 32))
-        opcheck(pack, (torch.randn(32, 4, 3, 3), bias, tile, False, 0, 8))
+        for rounded in (False, True):
+            opcheck(pack, (torch.randn(32, 4, 3, 3), bias, tile, rounded, 0, 8))
     conv = pack_conv(weight, bias, tile=GROUPED, activation="silu", **options)
     opcheck(torch.ops.fastseg.conv_engine.default, (x, conv.packed, None, 32, *conv.options()))
     compiled = torch.compile(lambda t: conv_engine(t, conv), fullgraph=True, backend="aot_eager")
@@ -223,13 +263,30 @@ def test_choice():
     assert tile(8, 6, kernel=(5, 5)) == 0  # vectors of three groups, 18 channels
 
 
+@pytest.mark.parametrize("isa", BF16_RATE)
+def test_choice_of_bfloat16_products(isa, monkeypatch):
+    def choice(C, K, stride=(1, 1)):
+        layer = (16 * C, 16 * K, (3, 3), (40, 40), stride, (1, 1))
+        return choose_algorithm(*layer, groups=16, dtype=BF16)
+
+    monkeypatch.setattr(_C, "cpu_isa", lambda: isa)
+    monkeypatch.setattr(_C, "bf16_products", lambda: True)
+    for C, K in ((4, 4), (6, 6), (16, 16), (24, 24), (64, 8)):
+        assert choice(C, K) == choice(C, K, (2, 2)) == (GROUPED, BF16, 0)
+    for C, K in ((1, 1), (1, 2), (3, 16)):
+        assert choice(C, K) == (GROUPED, torch.float32, 0)
+    assert choice(32, 32, (2, 2)) == (0, BF16, 0)
+    monkeypatch.setattr(_C, "bf16_products", lambda: False)
+    assert choice(24, 24) == (GROUPED, torch.float32, 0)
+
+
 def test_errors():
     x, weight, bias, options = case(CASES[0])
     conv = pack_conv(weight, bias, tile=GROUPED, **options)
     with pytest.raises(ValueError, match=r"x must be \(N, 32, H, W\)"):
         conv_engine(x[:, :31], conv)
-    with pytest.raises(ValueError, match="tile 7 has float32 products alone"):
-        pack_conv(weight, tile=GROUPED, groups=32, products=torch.bfloat16)
+    with pytest.raises(ValueError, match="pairs, got 1 outputs and 1 channels in each of 32"):
+        pack_conv(weight, tile=GROUPED, groups=32, products=BF16)
     with pytest.raises(ValueError, match="groups must divide the output channels, got 5 and 32"):
         pack_conv(weight, groups=5)
     with pytest.raises(ValueError, match="6 outputs and 6 channels in each of 4 groups"):
