@@ -114,8 +114,9 @@ void pack_grouped(const float* weight, int64_t K, int64_t C, int64_t taps, E* pa
   const int64_t columns = round_up(K, kPanel);
   for (int64_t i = 0; i < taps * C; i += kPerWord<E>) {
     for (int64_t k = 0; k < columns; ++k) {
-      const float* from = weight + (k * C + i % C) * taps + i / C;
-      for (int64_t c = 0; c < kPerWord<E>; ++c) *packed++ = E(k < K ? from[c * taps] : 0.0f);
+      for (int64_t c = i % C; c < i % C + kPerWord<E>; ++c) {
+        *packed++ = E(k < K ? weight[(k * C + c) * taps + i / C] : 0.0f);
+      }
     }
   }
 }
