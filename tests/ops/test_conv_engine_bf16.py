@@ -404,7 +404,7 @@ def test_errors():
         pack_conv(weight, products=torch.float16)
     with pytest.raises(ValueError, match="6 not of bfloat16 products, got 6"):
         pack_conv(weight, tile=6, products=BF16)
-    with pytest.raises(ValueError, match="16 pairs, got 1 outputs and 1 channels in each of 16 groups"):
+    with pytest.raises(ValueError, match="1 outputs and 1 channels in each of 16 groups"):
         pack_conv(torch.randn(16, 1, 3, 3), tile=7, products=BF16, groups=16)
     with pytest.raises(ValueError, match="bfloat16 products need a bfloat16 image"):
         conv_engine(x.float(), pack_conv(weight, products=BF16))
