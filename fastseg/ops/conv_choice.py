@@ -284,7 +284,7 @@ def choose_strassen(
     128 and 512 -> 128 0.98, 256 -> 256 1.00, 512 -> 256 1.03, 256 -> 1024 1.07, 1024 -> 512 1.08,
     1024 -> 2048 1.10, 2048 -> 256 on Zen 4 1.10. By the kernel that other instruction sets have
     that one lost to oneDNN (0.91). With AVX2 256 -> 256 1.04, 2048 -> 512 1.00. On Zen 4, weights
-    from memory, 2048 -> 512 at 7x7 0.85, which leaves most of a lower block empty, at 8x8 1.2.
+    from memory, 2048 -> 512 at 7x7 0.85, at 8x8 1.2.
     ``accuracy="strict"`` leaves it out: it rounds more than torch's own convolution.
     """
     C, K = in_channels, out_channels

@@ -61,7 +61,7 @@ def widened(value: Any) -> Any:
 
 
 def _in_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if type(value) is Tensor:  # by tree_map_only 8 us
+    if type(value) is Tensor:  # by tree_map_only 8 us more; stand-ins answer no isinstance
         return change(value)
     return tree_map_only(Tensor, change, value)
 
