@@ -85,10 +85,14 @@ void run_winograd(Conv& conv, int64_t tile, int64_t tasks) {
     using Kernel = winograd::amx::WinogradKernel<decltype(pair), Conv>;
     const TileGrid grid(pair, conv.N, conv.Ho, conv.dilation_h, conv.Wo, conv.dilation_w, false);
     const int64_t parts = std::min(tasks, grid.begin[4]);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = grid.part_begin(parts, part), end = grid.part_begin(parts, part + 1);
-      const Guarded memory(round_up(Kernel::scratch_size(conv, end - begin), 16) * sizeof(float));
-      Kernel::run(conv, grid, begin, end, reinterpret_cast<float*>(memory.data));
+    const int64_t panels = conv.panels(), shares = std::min(1 + tasks % 2, panels);
+    for (int64_t i = 0; i < parts * shares; ++i) {
+      const int64_t part = i / shares, share = i % shares;
+      const WinogradTask task{grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
+                              part_begin(panels, shares, share),
+                              part_begin(panels, shares, share + 1)};
+      const Guarded memory(round_up(Kernel::scratch_size(conv, task), 16) * sizeof(float));
+      Kernel::run(conv, grid, task, reinterpret_cast<float*>(memory.data));
     }
   });
 }

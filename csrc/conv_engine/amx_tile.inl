@@ -107,12 +107,13 @@ static void patch_tile(int64_t rows, int64_t columns, const Patch<BFloat16>& fir
 // The tiles have kTileRows rows. Where the block has fewer, they read on behind it: the transforms
 // of other tiles or, behind the last of them, memory that is left for that.
 template <class Rows>
-static void gemm_tile(int64_t rows, int64_t columns, const BFloat16* a, const BFloat16* b,
-                      Ahead<BFloat16> ahead, int64_t depth, int64_t, const Rows& out) {
+static void gemm_tile(int64_t rows, int64_t stride, int64_t columns, const BFloat16* a,
+                      const BFloat16* b, Ahead<BFloat16> ahead, int64_t depth, int64_t,
+                      const Rows& out) {
   const TileBlock block(rows, kTileRows, columns);
   block.sum(out, [&]() __attribute__((always_inline)) {
     for (int64_t d = 0; d < depth; d += kStep) {
-      block.step(a + d * rows, kStep, b + d * kPanel, ahead.lines, 2 * ahead.steps);
+      block.step(a + d * stride, kStep, b + d * kPanel, ahead.lines, 2 * ahead.steps);
       ahead.lines += 2 * ahead.steps * kStep;
     }
   });

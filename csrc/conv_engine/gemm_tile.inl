@@ -1,6 +1,6 @@
 // The register tiles everything else feeds: rows x kPanel products.
-//   a: packed as [depth / kLine][rows][kLine], one cache line per row and group of the reduction,
-//      or rows of an image where they lie
+//   a: packed as [depth / kLine][stride][kLine], one cache line per row and group of the reduction,
+//      of which `rows` are wanted, or rows of an image where they lie
 //   b: [depth / kPerWord][kPanel][kPerWord]
 //   out.start(r, column): what the sums of row r, columns [column, column + kLanes) start from
 //   out.finish(r, column, Vec): takes the finished sums
@@ -38,8 +38,8 @@ FASTSEG_INLINE void add_to_total(Vec (&sums)[R][V], Vec (&total)[R][V], bool mor
 // Golden Cove do two a cycle. After every `terms` products the sums go to a total: what is rounded
 // in one long sum is most of the error of Winograd's algorithm.
 template <int R, int V, class E, class Rows>
-FASTSEG_INLINE void gemm_registers(const E* a, const E* b, Ahead<E> ahead, int64_t depth,
-                                   int64_t terms, int64_t column, const Rows& out) {
+FASTSEG_INLINE void gemm_registers(const E* a, int64_t stride, const E* b, Ahead<E> ahead,
+                                   int64_t depth, int64_t terms, int64_t column, const Rows& out) {
   Vec acc[R][V], total[R][V];
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
@@ -47,7 +47,7 @@ FASTSEG_INLINE void gemm_registers(const E* a, const E* b, Ahead<E> ahead, int64
     for (int v = 0; v < V; ++v) acc[r][v] = out.start(r, column + v * kLanes);
   }
   int64_t stop = terms;
-  for (int64_t d = 0; d < depth; d += kLine<E>, a += R * kLine<E>) {
+  for (int64_t d = 0; d < depth; d += kLine<E>, a += stride * kLine<E>) {
     if (kShortSums<E> && d == stop) {
       add_to_total(acc, total, stop > terms);
       stop += terms;
@@ -195,23 +195,23 @@ static void patch_tile(int64_t rows, int64_t columns, const Patch<E>& patch, con
 }
 
 template <int V, int R, class E, class Rows>
-FASTSEG_INLINE void gemm_rows(int64_t rows, const E* a, const E* b, Ahead<E> ahead, int64_t depth,
-                              int64_t terms, int64_t column, const Rows& out) {
+FASTSEG_INLINE void gemm_rows(int64_t rows, int64_t stride, const E* a, const E* b, Ahead<E> ahead,
+                              int64_t depth, int64_t terms, int64_t column, const Rows& out) {
   if constexpr (R > 0) {
-    if (rows == R) return gemm_registers<R, V>(a, b, ahead, depth, terms, column, out);
-    gemm_rows<V, R - 1>(rows, a, b, ahead, depth, terms, column, out);
+    if (rows == R) return gemm_registers<R, V>(a, stride, b, ahead, depth, terms, column, out);
+    gemm_rows<V, R - 1>(rows, stride, a, b, ahead, depth, terms, column, out);
   }
 }
 
 // `columns` of the panel are wanted; those behind are left alone or are zeros.
 template <class E, class Rows>
-static void gemm_tile(int64_t rows, int64_t columns, const E* a, const E* b, Ahead<E> ahead,
-                      int64_t depth, int64_t terms, const Rows& out) {
+static void gemm_tile(int64_t rows, int64_t stride, int64_t columns, const E* a, const E* b,
+                      Ahead<E> ahead, int64_t depth, int64_t terms, const Rows& out) {
   for (int64_t k = 0; k < columns; k += 2 * kLanes) {
     if (columns - k > kLanes) {
-      gemm_rows<2, kRows>(rows, a, b + k * kPerWord<E>, ahead, depth, terms, k, out);
+      gemm_rows<2, kRows>(rows, stride, a, b + k * kPerWord<E>, ahead, depth, terms, k, out);
     } else {
-      gemm_rows<1, kRows>(rows, a, b + k * kPerWord<E>, ahead, depth, terms, k, out);
+      gemm_rows<1, kRows>(rows, stride, a, b + k * kPerWord<E>, ahead, depth, terms, k, out);
     }
   }
 }

@@ -216,8 +216,22 @@ class TileAxis {
   Phases kinds_[2];
 };
 
-// All tiles of a batch in the order of their shape: 2 * (short in y) + (short in x).
+// What a thread computes on its own: tiles [begin, end) of a grid, the output channels of panels
+// [first_panel, last_panel).
+struct WinogradTask {
+  int64_t begin, end, first_panel, last_panel;
+
+  int64_t tiles() const { return end - begin; }
+  // Distance of the tiles in the products.
+  int64_t row_size() const { return (last_panel - first_panel) * kPanel + kGroup; }
+};
+
+// All tiles of a batch in the order of their shapes. Those that are long along one axis follow each
+// other, whichever axis it is.
 struct TileGrid {
+  // 1 where tiles of a shape are short along the axis.
+  static constexpr int kShortY[4] = {0, 0, 1, 1}, kShortX[4] = {1, 0, 0, 1};
+
   TileAxis y, x;
   int64_t begin[5];   // where the tiles of a shape begin, and their end
   int64_t weight[4];  // products of a tile
@@ -227,8 +241,9 @@ struct TileGrid {
            bool whole)
       : y(Ho, dilation_h, Pair::kOut, whole), x(Wo, dilation_w, Pair::kOut, whole), begin{} {
     for (int shape = 0; shape < 4; ++shape) {
-      begin[shape + 1] = begin[shape] + N * y.count(shape / 2) * x.count(shape % 2);
-      weight[shape] = Pair::kCount[shape / 2] * Pair::kCount[shape % 2];
+      const int short_y = kShortY[shape], short_x = kShortX[shape];
+      begin[shape + 1] = begin[shape] + N * y.count(short_y) * x.count(short_x);
+      weight[shape] = Pair::kCount[short_y] * Pair::kCount[short_x];
     }
   }
 
@@ -247,6 +262,27 @@ struct TileGrid {
     int64_t sum = 0;
     for (int i = 0; i < shape; ++i) sum += (begin[i + 1] - begin[i]) * weight[i];
     return sum;
+  }
+};
+
+// Which shapes take part in the product of a point, a bit for each.
+template <class Pair>
+struct PointShapes {
+  uint8_t of[Pair::kProducts * Pair::kProducts] = {};
+
+  constexpr PointShapes() {
+    const auto has = [](int length, int product) {
+      return product >= Pair::kFirst[length] &&
+             product < Pair::kFirst[length] + Pair::kCount[length];
+    };
+    for (int y = 0; y < Pair::kProducts; ++y) {
+      for (int x = 0; x < Pair::kProducts; ++x) {
+        for (int shape = 0; shape < 4; ++shape) {
+          if (!has(TileGrid::kShortY[shape], y) || !has(TileGrid::kShortX[shape], x)) continue;
+          of[y * Pair::kProducts + x] |= static_cast<uint8_t>(1 << shape);
+        }
+      }
+    }
   }
 };
 

@@ -1,6 +1,6 @@
 // 3x3 convolution of stride 1 and any dilation by Winograd F(m x m, 3 x 3) on the tiles of
-// winograd.h, of two lengths along each axis. Tiles of one shape are grouped in blocks of up to
-// kRows: the rows of a register tile. A block takes part in the points that its shape has.
+// winograd.h, of two lengths along each axis. They are grouped in blocks of up to kRows: the rows
+// of a register tile, of which those take part in a point whose shape has it.
 //   V (transformed input) of a piece of C, point and block: [C / kLine][rows][kLine]
 //   packed weight: [piece][point][panel][C / kPerWord, of whole lines][kPanel][kPerWord]
 //   M (products) of a point: [tile][output channel]
@@ -26,16 +26,16 @@ struct WinogradKernel {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
 
-  // Tiles [begin, end) of the grid from input to output: no other thread waits for them. The points
-  // come one after the other, so that V and M, which may be larger than L2, pass through it once,
-  // and a point's V and weights are there while all panels and blocks use them. With panels
-  // outermost every one of them read all of V again: one thread took 51 instead of 31 ms for 512
-  // channels. The blocks share the fetching of the next panel: when each of them asked for all of
-  // it, the first one waited for L3 (160 instead of 195 GFLOP/s).
-  static void run(const Conv& conv, const TileGrid& grid, int64_t begin, int64_t end,
+  // A task from input to output: no other thread waits for it. The points come one after the other,
+  // so that V and M, which may be larger than L2, pass through it once, and a point's V and weights
+  // are there while all panels and blocks use them. With panels outermost every one of them read
+  // all of V again: one thread took 51 instead of 31 ms for 512 channels. The blocks share the
+  // fetching of the next panel: when each of them asked for all of it, the first one waited for L3
+  // (160 instead of 195 GFLOP/s).
+  static void run(const Conv& conv, const TileGrid& grid, const WinogradTask& task,
                   float* scratch) {
-    const int64_t C = conv.channels(), tiles = end - begin;
-    const Places places(conv, tiles);
+    const int64_t C = conv.channels(), begin = task.begin, row_size = task.row_size();
+    const Places places(conv, task);
     const int64_t v_point = places.v_point * kPerWord<E>, m_point = places.m_point;
 #if FASTSEG_ISA_LEVEL == 4
     const TileRegisters amx_tiles(kTileRows);
@@ -44,87 +44,111 @@ struct WinogradKernel {
     float* m = scratch + places.m;
     T* zeros = reinterpret_cast<T*>(scratch + places.end);
     for (int64_t c = 0; c < C; ++c) zeros[c] = 0;
-    Block* blocks = reinterpret_cast<Block*>(scratch + places.end + C);
-    const int64_t count = cut(grid, begin, end, blocks);
-    const E* b = conv.weight;
+    Run* parts = reinterpret_cast<Run*>(scratch + places.end + C);
+    Run* runs = parts + most_parts(task.tiles());
+    const int64_t count = cut(grid, begin, task.end, parts);
     for (int64_t c = 0; c < C; c += kWinogradPiece) {
       const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
       for (int64_t i = 0; i < count; ++i) {
-        with_tiles(blocks[i].shape, [&](auto y, auto x) {
+        with_tiles(parts[i].shape, [&](auto y, auto x) {
           const auto transform = conv.x_codes.data
                                      ? transform_input<UnpooledPixel<T>, decltype(y), decltype(x)>
                                      : transform_input<PlainPixel<T>, decltype(y), decltype(x)>;
-          transform(y, x, conv, grid, blocks[i], c, c + depth, zeros,
-                    v + (blocks[i].first - begin) * depth, v_point);
+          transform(y, x, conv, grid, parts[i], c, c + depth, zeros,
+                    v + parts[i].operands(begin, depth), v_point);
         });
       }
+      int64_t takers = 0;
       for (int64_t point = 0; point < kPoints; ++point) {
-        int64_t takers = 0;
-        for (int64_t i = 0; i < count; ++i) takers += blocks[i].takes_part(point);
+        if (point == 0 || kShapes.of[point] != kShapes.of[point - 1]) {
+          takers = join(parts, count, kShapes.of[point], runs);
+        }
         const int64_t steps = takers > 0 ? ceil_div(kGroup, takers) : 0;
-        for (int64_t k = 0; k < conv.K; k += kPanel, b += depth * kPanel) {
+        const E* weight = conv.weight + (c * kPoints + point * depth) * conv.panels() * kPanel;
+        for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
+          const bool last = panel + 1 == task.last_panel;  // the next point's are next
+          const E* b = weight + panel * depth * kPanel;
+          const E* next =
+              weight + (last ? conv.panels() + task.first_panel : panel + 1) * depth * kPanel;
           int64_t fetched = 0;  // steps of the next panel
-          for (int64_t i = 0; i < count; ++i) {
-            if (!blocks[i].takes_part(point)) continue;
-            const int64_t left = kGroup - fetched, tile = blocks[i].first - begin;
-            const Ahead<E> ahead{b + (depth + fetched * depth / kGroup) * kPanel,
+          for (int64_t j = 0; j < takers; ++j) {
+            const Run& run = runs[j];
+            const int64_t left = kGroup - fetched;
+            const Ahead<E> ahead{next + fetched * depth / kGroup * kPanel,
                                  steps < left ? steps : left};
             fetched += ahead.steps;
-            float* products = m + point * m_point + tile * row_size(conv) + k;
-            gemm_tile(blocks[i].rows, columns(conv, k), v + point * v_point + tile * depth, b,
-                      ahead, depth, terms(C), StoreTile{products, c > 0, row_size(conv)});
+            float* products = m + point * m_point + (run.first - begin) * row_size +
+                              (panel - task.first_panel) * kPanel;
+            gemm_tile(run.rows, run.stride, columns(conv, panel * kPanel),
+                      v + point * v_point + run.operands(begin, depth), b, ahead, depth, terms(C),
+                      StoreTile{products, c > 0, row_size});
           }
         }
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      with_tiles(blocks[i].shape, [&](auto y, auto x) {
-        transform_output(y, x, conv, grid, blocks[i],
-                         m + (blocks[i].first - begin) * row_size(conv), m_point);
+      with_tiles(parts[i].shape, [&](auto y, auto x) {
+        transform_output(y, x, conv, grid, task, parts[i], m + (parts[i].first - begin) * row_size,
+                         m_point);
       });
     }
     if (conv.stream) stream_fence();
   }
 
-  // Floats of scratch memory that run() needs for so many tiles.
-  static int64_t scratch_size(const Conv& conv, int64_t tiles) {
-    const int64_t blocks = most_blocks(tiles) * static_cast<int64_t>(sizeof(Block) / sizeof(float));
-    return Places(conv, tiles).end + conv.channels() + blocks;
+  // Floats of scratch memory that run() needs for a task of that size.
+  static int64_t scratch_size(const Conv& conv, const WinogradTask& task) {
+    constexpr int64_t kRunSize = sizeof(Run) / sizeof(float);
+    return Places(conv, task).end + conv.channels() + 2 * most_parts(task.tiles()) * kRunSize;
   }
 
  private:
   static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
+  static constexpr PointShapes<Pair> kShapes{};
   static constexpr bool kInRegisters = FASTSEG_ISA_LEVEL >= 1 && Pair::Long::kIn <= 4;
 
-  // Up to kRows tiles of one shape, the rows of a register tile.
-  struct Block {
-    int64_t shape, first, rows;
+  // Tiles of one block that follow each other.
+  struct Run {
+    int64_t shape;          // of the first
+    int64_t first, rows;    // tiles
+    int64_t block, stride;  // the first tile of the block and how many it has
 
-    bool takes_part(int64_t point) const {
-      return takes_part(shape / 2, point / kProducts) && takes_part(shape % 2, point % kProducts);
-    }
-    static bool takes_part(int64_t length, int64_t product) {
-      return product >= Pair::kFirst[length] &&
-             product < Pair::kFirst[length] + Pair::kCount[length];
+    // Where their operands begin in V, whose first tile is `begin`.
+    int64_t operands(int64_t begin, int64_t depth) const {
+      return (block - begin) * depth + (first - block) * kLine<E>;
     }
   };
 
-  // Those of tiles [begin, end); returns how many.
-  static int64_t cut(const TileGrid& grid, int64_t begin, int64_t end, Block* blocks) {
+  // Cuts tiles [begin, end) into blocks and these into parts of one shape; returns how many.
+  static int64_t cut(const TileGrid& grid, int64_t begin, int64_t end, Run* parts) {
     int64_t count = 0;
-    for (int shape = 0; shape < 4; ++shape) {
-      const int64_t from = begin > grid.begin[shape] ? begin : grid.begin[shape];
-      const int64_t to = end < grid.begin[shape + 1] ? end : grid.begin[shape + 1];
-      if (from >= to) continue;
-      const int64_t parts = ceil_div(to - from, kRows);
-      for (int64_t i = 0; i < parts; ++i) {
-        const int64_t first = part_begin(to - from, parts, i);
-        blocks[count++] = {shape, from + first, part_begin(to - from, parts, i + 1) - first};
+    const int64_t blocks = ceil_div(end - begin, kRows);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = begin + part_begin(end - begin, blocks, i);
+      const int64_t last = begin + part_begin(end - begin, blocks, i + 1);
+      for (int shape = 0; shape < 4; ++shape) {
+        const int64_t from = first > grid.begin[shape] ? first : grid.begin[shape];
+        const int64_t to = last < grid.begin[shape + 1] ? last : grid.begin[shape + 1];
+        if (from < to) parts[count++] = {shape, from, to - from, first, last - first};
       }
     }
     return count;
   }
-  static int64_t most_blocks(int64_t tiles) { return ceil_div(tiles, kRows) + 3; }
+  static int64_t most_parts(int64_t tiles) { return ceil_div(tiles, kRows) + 3; }
+
+  // The parts of those shapes in as few runs as their blocks allow; returns how many.
+  static int64_t join(const Run* parts, int64_t count, int64_t shapes, Run* runs) {
+    int64_t joined = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(shapes >> parts[i].shape & 1)) continue;
+      Run* last = joined > 0 ? &runs[joined - 1] : nullptr;
+      if (last && last->block == parts[i].block && last->first + last->rows == parts[i].first) {
+        last->rows += parts[i].rows;
+      } else {
+        runs[joined++] = parts[i];
+      }
+    }
+    return joined;
+  }
 
   // fn(tile in y, tile in x) of a shape.
   template <class Fn>
@@ -133,9 +157,9 @@ struct WinogradKernel {
     using Short = typename Pair::Short;
     switch (shape) {
       case 0:
-        return fn(Long{}, Long{});
-      case 1:
         return fn(Long{}, Short{});
+      case 1:
+        return fn(Long{}, Long{});
       case 2:
         return fn(Short{}, Long{});
       default:
@@ -148,10 +172,10 @@ struct WinogradKernel {
   struct Places {
     int64_t v, m, end, v_point, m_point;
 
-    Places(const Conv& conv, int64_t tiles) {
+    Places(const Conv& conv, const WinogradTask& task) {
       const int64_t C = conv.channels();
-      v_point = tiles * (C < kWinogradPiece ? C : kWinogradPiece) / kPerWord<E> + kGroup;
-      m_point = tiles * row_size(conv) + kGroup;
+      v_point = task.tiles() * (C < kWinogradPiece ? C : kWinogradPiece) / kPerWord<E> + kGroup;
+      m_point = task.tiles() * task.row_size() + kGroup;
       if (C <= kWinogradPiece) {
         v = v_point = m_point = v_point > m_point ? v_point : m_point;
         m = 0;
@@ -166,17 +190,16 @@ struct WinogradKernel {
   };
   // Products in one sum, by how much the transforms of the result amplify its error.
   static int64_t terms(int64_t C) { return Pair::kOut < 6 ? 64 : C > 32 ? 32 : 16; }
-  // Distance of the tiles in M.
-  static int64_t row_size(const Conv& conv) { return conv.panels() * kPanel + kGroup; }
   static int64_t columns(const Conv& conv, int64_t k) {
     return conv.K - k < kPanel ? conv.K - k : kPanel;
   }
 
-  static int64_t first_point(const Block& block) {
-    return Pair::kFirst[block.shape / 2] * kProducts + Pair::kFirst[block.shape % 2];
+  static int64_t first_point(const Run& part) {
+    return Pair::kFirst[TileGrid::kShortY[part.shape]] * kProducts +
+           Pair::kFirst[TileGrid::kShortX[part.shape]];
   }
 
-  // Where the outputs of a tile begin, from the first of a block on.
+  // Where the outputs of a tile begin, from the first of a part on.
   struct Corner {
     const TileAxis &axis_y, &axis_x;
     int length_y, length_x;
@@ -184,14 +207,14 @@ struct WinogradKernel {
     int64_t tile_y, tile_x;  // this one among them
     int64_t n, y, x;
 
-    Corner(const TileGrid& grid, const Block& block)
+    Corner(const TileGrid& grid, const Run& part)
         : axis_y(grid.y),
           axis_x(grid.x),
-          length_y(static_cast<int>(block.shape / 2)),
-          length_x(static_cast<int>(block.shape % 2)),
+          length_y(TileGrid::kShortY[part.shape]),
+          length_x(TileGrid::kShortX[part.shape]),
           in_y(grid.y.count(length_y)),
           in_x(grid.x.count(length_x)) {
-      const int64_t tile = block.first - grid.begin[block.shape], row = tile / in_x;
+      const int64_t tile = part.first - grid.begin[part.shape], row = tile / in_x;
       n = row / in_y;
       tile_y = row - n * in_y;
       tile_x = tile - row * in_x;
@@ -208,23 +231,23 @@ struct WinogradKernel {
     }
   };
 
-  // Channels [c_begin, c_end) of a block to V; input pixels outside the image are read from
+  // Channels [c_begin, c_end) of a part to V; input pixels outside the image are read from
   // `zeros`.
   template <class Pixel, class Y, class X>
   static void transform_input(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
-                              const Block& block, int64_t c_begin, int64_t c_end, const T* zeros,
-                              E* v, int64_t point_stride) {
-    const int64_t rows = block.rows;
-    v += first_point(block) * point_stride;
-    Corner corner(grid, block);
-    for (int64_t r = 0; r < rows; ++r, corner.next()) {
+                              const Run& part, int64_t c_begin, int64_t c_end, const T* zeros, E* v,
+                              int64_t point_stride) {
+    const int64_t stride = part.stride;
+    v += first_point(part) * point_stride;
+    Corner corner(grid, part);
+    for (int64_t r = 0; r < part.rows; ++r, corner.next()) {
       const int64_t x0 = corner.x - conv.pad_w + X::kOffset * conv.dilation_w;
       const int64_t y0 = corner.y - conv.pad_h + Y::kOffset * conv.dilation_h;
       int64_t c = c_begin;
       if (Pixel::in_window(conv, y0, x0, Y::kIn, X::kIn)) {
         const auto src = Pixel::window(conv, corner.n, y0, x0);
         for (; c < c_end && c + kLine<E> <= conv.C; c += kLine<E>) {
-          E* dst = v + (c - c_begin) * rows + r * kLine<E>;
+          E* dst = v + (c - c_begin) * stride + r * kLine<E>;
           transform_group(tile_y, tile_x, src, c, dst, point_stride);
         }
       }
@@ -238,7 +261,7 @@ struct WinogradKernel {
         }
       }
       for (; c < c_end; c += kLine<E>) {
-        E* dst = v + (c - c_begin) * rows + r * kLine<E>;
+        E* dst = v + (c - c_begin) * stride + r * kLine<E>;
         if (c + kLine<E> <= conv.C) {
           transform_group(tile_y, tile_x, src, c, dst, point_stride);
         } else {  // C is not a whole number of groups
@@ -297,28 +320,33 @@ struct WinogradKernel {
     bool residual_last, stream;
   };
 
-  // Products of a block to output pixels.
+  // Products of a part to output pixels.
   template <class Y, class X>
   static void transform_output(Y tile_y, X tile_x, const Conv& conv, const TileGrid& grid,
-                               const Block& block, const float* m, int64_t point_stride) {
-    m += first_point(block) * point_stride;
+                               const WinogradTask& task, const Run& part, const float* m,
+                               int64_t point_stride) {
+    m += first_point(part) * point_stride;
     // Halves of a line of bfloat16 that a whole tile comes between are not written past the caches.
     const bool whole = sizeof(T) == sizeof(float) || (kTogether<T> == 2 && !conv.pooled.data);
     const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, conv.stream && whole};
     const int64_t y_row = conv.dilation_h * conv.y.row, y_pixel = conv.dilation_w * conv.y.pixel;
     const int64_t r_row = conv.dilation_h * conv.residual.row;
     const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
-    Corner corner(grid, block);
-    for (int64_t r = 0; r < block.rows; ++r, m += row_size(conv), corner.next()) {
+    const int64_t first = task.first_panel * kPanel, row_size = task.row_size();
+    const int64_t stop = task.last_panel * kPanel < conv.K ? task.last_panel * kPanel : conv.K;
+    Corner corner(grid, part);
+    for (int64_t r = 0; r < part.rows; ++r, m += row_size, corner.next()) {
       const bool inside = corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
                           corner.x + (X::kOut - 1) * conv.dilation_w < conv.Wo;
       T* y0 = inside && conv.y.data ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
       const T* residual0 =
           inside && conv.residual.data ? conv.residual.at(corner.n, corner.y, corner.x) : nullptr;
-      for (int64_t k = 0; k < conv.K; k += kPanel) {
+      for (int64_t k = first; k < stop; k += kPanel) {
+        const float* products = m + k - first;
         if (inside && conv.pooled.data && columns(conv, k) % kLanes == 0) {
           for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-            pool_channels(tile_y, tile_x, conv, epilogue, corner, k + l, m + k + l, point_stride);
+            pool_channels(tile_y, tile_x, conv, epilogue, corner, k + l, products + l,
+                          point_stride);
           }
           continue;
         }
@@ -331,7 +359,7 @@ struct WinogradKernel {
             T* y = y0 + k + l;
             const T* residual = residual0 ? residual0 + k + l : nullptr;
             inverse_transform<kCount>(
-                tile_y, tile_x, m + k + l, point_stride, [&](int i, int j, Vec(&v)[kCount]) {
+                tile_y, tile_x, products + l, point_stride, [&](int i, int j, Vec(&v)[kCount]) {
 #pragma GCC unroll 2
                   for (int h = 0; h < kCount; ++h) {
                     Vec added{};
@@ -347,7 +375,7 @@ struct WinogradKernel {
         }
         alignas(64) float sums[Y::kOut][X::kOut][kPanel];
         for (int64_t l = 0; l < columns(conv, k); l += kLanes) {
-          inverse_transform<1>(tile_y, tile_x, m + k + l, point_stride,
+          inverse_transform<1>(tile_y, tile_x, products + l, point_stride,
                                [&](int i, int j, const Vec(&v)[1]) { store(sums[i][j] + l, v); });
         }
         if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {

@@ -168,8 +168,9 @@ struct Winograd1dKernel {
           const Ahead<E> ahead{b + (s.C + fetched * depth / kGroup) * kPanel,
                                steps < open ? steps : open};
           fetched += ahead.steps;
-          gemm_tile(rows, left < kPanel ? left : kPanel, v + point * s.v_point + first * depth, b,
-                    ahead, depth, kTerms, StoreTile{out, c > 0, s.columns});
+          gemm_tile(rows, rows, left < kPanel ? left : kPanel,
+                    v + point * s.v_point + first * depth, b, ahead, depth, kTerms,
+                    StoreTile{out, c > 0, s.columns});
         }
       }
     }

@@ -51,17 +51,33 @@ void run_pair(const Conv& conv) {
                       conv.pooled.data != nullptr);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = task_tiles(conv, grid.weight[0]) * grid.weight[0];
-  const int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < parts; ++i) {
-    tiles = std::max(tiles, grid.part_begin(parts, i + 1) - grid.part_begin(parts, i));
+  const int64_t panels = conv.panels();
+  int64_t parts = std::min(grid.begin[4], round_up(ceil_div(grid.products(), most), threads));
+  int64_t shares = 1;  // of the panels
+  // Where each thread would have too few tiles to fill its registers, or where the weights come
+  // from memory, more of them share fewer tiles: what they transform twice is less.
+  constexpr int64_t kUncached = 16 << 20;  // bytes
+  const int64_t weights = grid.weight[0] * conv.channels() * panels * kPanel;
+  const int64_t filled = ceil_div(grid.begin[4], 2 * kMaxRows);
+  if (parts <= threads && filled < parts && panels % (parts / filled) == 0 &&
+      (grid.begin[4] < parts * kMaxRows / 2 ||
+       weights * static_cast<int64_t>(sizeof(typename Conv::Operand)) > kUncached)) {
+    shares = parts / filled;
+    parts = filled;
   }
-  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, tiles);
+  const auto task_of = [&](int64_t i) {
+    const int64_t part = i / shares, share = i % shares;
+    return WinogradTask{grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
+                        conv_engine::part_begin(panels, shares, share),
+                        conv_engine::part_begin(panels, shares, share + 1)};
+  };
+  WinogradTask largest{0, 0, 0, ceil_div(panels, shares)};
+  for (int64_t i = 0; i < parts; ++i)
+    largest.end = std::max(largest.end, task_of(i * shares).tiles());
+  const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, largest);
   const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
-  parallel_tasks(parts, [&](int64_t part) {
-    kernel(conv, grid, grid.part_begin(parts, part), grid.part_begin(parts, part + 1),
-           scratch<TaskBuffer>(floats));
-  });
+  parallel_tasks(parts * shares,
+                 [&](int64_t i) { kernel(conv, grid, task_of(i), scratch<TaskBuffer>(floats)); });
 }
 
 // A task is a whole sub-grid, which no other reads and which is transformed before its outputs are
@@ -81,9 +97,12 @@ void run_pair_in_place(const Conv& conv) {
   const auto grid_of = [](const Conv& sub) {
     return TileGrid(Pair{}, 1, sub.Ho, 1, sub.Wo, 1, false);
   };
+  const auto task_of = [&](const TileGrid& grid) {
+    return WinogradTask{0, grid.begin[4], 0, conv.panels()};
+  };
   const Conv largest = sub_grid(0, 0, 0);
   const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(
-      largest, grid_of(largest).begin[4]);
+      largest, task_of(grid_of(largest)));
   const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
   const int64_t columns = std::min(conv.dilation_w, conv.W);
   const int64_t rows = std::min(conv.dilation_h, conv.H);
@@ -91,7 +110,7 @@ void run_pair_in_place(const Conv& conv) {
     const int64_t line = task / columns;
     const Conv sub = sub_grid(line / rows, line % rows, task % columns);
     const TileGrid grid = grid_of(sub);
-    kernel(sub, grid, 0, grid.begin[4], scratch<TaskBuffer>(floats));
+    kernel(sub, grid, task_of(grid), scratch<TaskBuffer>(floats));
   });
 }
 

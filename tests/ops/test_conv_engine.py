@@ -247,6 +247,23 @@ def test_same_bits_with_any_thread_count(tile, threads):
     assert torch.equal(conv_engine(x, conv, residual), two)
 
 
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "tile"),
+    [(24, 128, (4, 5), 4), (24, 121, (9, 5), 2), (16, 64, (6, 3), 3), (512, 256, (13, 17), 6)],
+)
+@pytest.mark.parametrize("count", [2, 4])
+def test_threads_that_share_the_weights(channels, outputs, size, tile, count, cpu_isa, threads):
+    """Too few tiles for the registers of each, or more weights than stay in the caches."""
+    options = {"padding": (2, 2), "dilation": (2, 2), "activation": "relu"}
+    x, weight, bias, residual = case(1, channels, *size, outputs, (3, 3), **options)
+    conv = pack_conv(weight, bias, **options, tile=tile)
+    threads(1)
+    one = conv_engine(x, conv, residual)
+    assert relative_error(one, exact_result(x, weight, bias, residual, **options)) <= ALLOWED[tile]
+    threads(count)
+    assert torch.equal(conv_engine(x, conv, residual), one)
+
+
 @pytest.mark.parametrize("tile", [0, 4])
 def test_empty_batch_and_special_values(tile):
     conv = pack_conv(torch.ones(16, 16, 3, 3), padding=(1, 1), activation="relu", tile=tile)
