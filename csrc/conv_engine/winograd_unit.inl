@@ -58,12 +58,13 @@ void run_pair(const Conv& conv) {
   // from memory, more of them share fewer tiles: what they transform twice is less.
   constexpr int64_t kUncached = 16 << 20;  // bytes
   const int64_t weights = grid.weight[0] * conv.channels() * panels * kPanel;
+  const bool few = grid.begin[4] < parts * kMaxRows / 2;
+  const bool uncached = weights * static_cast<int64_t>(sizeof(typename Conv::Operand)) > kUncached;
   const int64_t filled = ceil_div(grid.begin[4], 2 * kMaxRows);
-  if (parts <= threads && filled < parts && panels % (parts / filled) == 0 &&
-      (grid.begin[4] < parts * kMaxRows / 2 ||
-       weights * static_cast<int64_t>(sizeof(typename Conv::Operand)) > kUncached)) {
+  if ((few || uncached) && filled <= parts && parts <= threads) {
     shares = parts / filled;
-    parts = filled;
+    while (parts % shares != 0 || panels % shares != 0) --shares;
+    parts /= shares;
   }
   const auto task_of = [&](int64_t i) {
     const int64_t part = i / shares, share = i % shares;
