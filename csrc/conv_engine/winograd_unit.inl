@@ -73,8 +73,9 @@ void run_pair(const Conv& conv) {
                         conv_engine::part_begin(panels, shares, share + 1)};
   };
   WinogradTask largest{0, 0, 0, ceil_div(panels, shares)};
-  for (int64_t i = 0; i < parts; ++i)
+  for (int64_t i = 0; i < parts; ++i) {
     largest.end = std::max(largest.end, task_of(i * shares).tiles());
+  }
   const int64_t floats = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::scratch_size)(conv, largest);
   const auto kernel = FASTSEG_CONV_CALL(WinogradKernel<Pair, Conv>::run);
   parallel_tasks(parts * shares,
