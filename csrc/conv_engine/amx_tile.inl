@@ -41,9 +41,7 @@ struct TileBlock {
     tile_load<4>(a, row * kBytes);
     tile_load<6>(b, kPanel * kPerWord<BFloat16> * kBytes);
     tile_multiply<0, 4, 6>();
-    for (int64_t i = 0; i < lines; ++i) {
-      __builtin_prefetch(static_cast<const char*>(fetch) + i * 64, 0, 2);
-    }
+    for (int64_t i = 0; i < lines; ++i) fetch_line(static_cast<const char*>(fetch) + i * 64);
     if (wide) {
       tile_load<7>(b + kTileRows * kPerWord<BFloat16>, kPanel * kPerWord<BFloat16> * kBytes);
       tile_multiply<1, 4, 7>();

@@ -34,14 +34,17 @@ struct OutputPixels {
         add_last(conv.residual.data && conv.residual_last),
         stream(conv.stream) {}
 
+  FASTSEG_MEMBER_INLINE Vec biases(int64_t column) const { return load(bias + column); }
+  FASTSEG_MEMBER_INLINE Vec residual(int r, int64_t column) const {
+    return load(pixels[r].residual + k + column);
+  }
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
-    const Vec v = load(bias + column);
-    return add_first ? v + load(pixels[r].residual + k + column) : v;
+    return add_first ? biases(column) + residual(r, column) : biases(column);
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec v) const {
     if (base) v += load(base + r * kPanel + column);
     v = activate_short(v, activation, slope);
-    if (add_last) v += load(pixels[r].residual + k + column);
+    if (add_last) v += residual(r, column);
     auto* y = pixels[r].y + k + column;
     if (stream) {
       store_stream(y, v);
@@ -56,14 +59,10 @@ struct OutputPixels {
 template <class Conv>
 FASTSEG_INLINE void fetch_pixel(const Conv& conv, const PixelAddress<typename Conv::Storage>& pixel,
                                 int64_t k) {
-  constexpr int kLocality = 2;  // L2
-  if (conv.residual.data) {
-    __builtin_prefetch(pixel.residual + k, 0, kLocality);
-    __builtin_prefetch(pixel.residual + k + kPanel / 2, 0, kLocality);
-  }
-  if (!conv.stream) {
-    __builtin_prefetch(pixel.y + k, 1, kLocality);
-    __builtin_prefetch(pixel.y + k + kPanel / 2, 1, kLocality);
+  constexpr int64_t kStep = 64 / sizeof(typename Conv::Storage);
+  for (int64_t i = k; i < k + kPanel; i += kStep) {
+    if (conv.residual.data) fetch_line(pixel.residual + i);
+    if (!conv.stream) fetch_line(pixel.y + i);
   }
 }
 

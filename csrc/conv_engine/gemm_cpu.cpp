@@ -112,27 +112,27 @@ bool run_lines(const std::vector<Conv>& convs) {
 // 256 -> 1024 channels took 2 to 8 % longer.
 template <class Conv>
 void run_strassen(const Conv& conv) {
+  using E = typename Conv::Operand;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pairs = FASTSEG_ISA_CALL(StrassenKernel<Conv>::pairs)(conv);
-  const int64_t pair_bytes = FASTSEG_ISA_CALL(StrassenKernel<Conv>::pair_bytes)();
-  const int64_t operands = FASTSEG_ISA_CALL(StrassenKernel<Conv>::operands_size)(conv);
+  const int64_t pairs = FASTSEG_DOT_CALL(StrassenKernel<Conv>::pairs)(conv);
+  const int64_t pair_bytes = FASTSEG_DOT_CALL(StrassenKernel<Conv>::pair_bytes)();
+  const int64_t operands = FASTSEG_DOT_CALL(StrassenKernel<Conv>::operands_size)(conv);
   const int64_t pair_rows = ceil_div(conv.pixels(), pairs);
-  const int64_t pair_floats = operands + pair_rows * (conv.C + conv.C2);
+  const int64_t pair_values = operands + pair_rows * (conv.C + conv.C2);
   const int64_t least = ceil_div(4 * kMaxRows, pair_rows), most = least * 3 / 2;
-  const int64_t fit = l2_bytes() / 4 / (pair_floats * static_cast<int64_t>(sizeof(float)));
+  const int64_t fit = l2_bytes() / 4 / (pair_values * static_cast<int64_t>(sizeof(E)));
   const int64_t tasks = ceil_div(pairs, std::clamp(fit, least, most));
   const int64_t parts = std::min(pairs, round_up(tasks, threads));
   const int64_t panels = conv.panels() / 2;
   const int64_t panel_parts = std::min(panels, ceil_div(2 * threads, parts));
   const int64_t kept = ceil_div(pairs, parts);
-  const auto kernel = FASTSEG_ISA_CALL(StrassenKernel<Conv>::run);
+  const auto kernel = FASTSEG_DOT_CALL(StrassenKernel<Conv>::run);
   parallel_tasks(parts * panel_parts, [&](int64_t task) {
     const int64_t part = task / panel_parts, panel_part = task % panel_parts;
     const int64_t next = std::min(part + 1, parts - 1);
     kernel(conv, part_begin(pairs, parts, part), part_begin(pairs, parts, part + 1),
            part_begin(pairs, parts, next), part_begin(panels, panel_parts, panel_part),
-           part_begin(panels, panel_parts, panel_part + 1),
-           scratch<TaskBuffer, float>(kept * operands),
+           part_begin(panels, panel_parts, panel_part + 1), scratch<TaskBuffer, E>(kept * operands),
            scratch<TaskBuffer, char>(kept * pair_bytes));
   });
 }
@@ -190,13 +190,14 @@ bool try_wide(const Conv& conv) {
   if constexpr (std::is_same_v<typename Conv::Storage, E>) {
     constexpr bool kFloat = std::is_same_v<E, float>;
     if (kFloat ? current_isa() < Isa::kAvx512 : current_isa() != Isa::kAvx512Bf16) return false;
-    if constexpr (kFloat) {
-      if (conv.strassen) {
+    if (conv.strassen) {
+      if constexpr (kFloat) {
         if (!avx512::WideStrassenKernel<Conv>::fits(conv)) return false;
         FASTSEG_COUNT("conv_engine.wide_strassen");
         run_wide_strassen(conv);
         return true;
       }
+      return false;
     }
     using Kernel =
         std::conditional_t<kFloat, avx512::WideKernel<Conv>, avx512_bf16::WideKernel<Conv>>;
@@ -239,8 +240,7 @@ template <class Conv>
 void run_gemm(const Conv& conv) {
   if (conv.strassen) {
     FASTSEG_COUNT("conv_engine.strassen");
-    if (try_wide(conv)) return;
-    if constexpr (std::is_same_v<typename Conv::Operand, float>) run_strassen(conv);
+    if (!try_wide(conv)) run_strassen(conv);
   } else if (is_narrow(conv)) {
     FASTSEG_COUNT("conv_engine.narrow");
     run_narrow(conv);

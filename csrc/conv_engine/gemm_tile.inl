@@ -223,6 +223,10 @@ struct StoreTile {
   bool add = false;
   int64_t stride = kPanel;
   const float* base = nullptr;  // kRows x kPanel
+  static constexpr bool add_first = false;
+  // As of output pixels, of which these sums have none.
+  FASTSEG_MEMBER_INLINE Vec biases(int64_t) const { return Vec{}; }
+  FASTSEG_MEMBER_INLINE Vec residual(int, int64_t) const { return Vec{}; }
   // Where the sums lie in L3, their lines come in the time of the products: 1 to 5 %.
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
     __builtin_prefetch(out + r * stride + column, 1, 2);

@@ -90,10 +90,11 @@ void pack_gemm(const Weights& weights, BFloat16* packed) {
 }
 
 // See strassen_conv.inl for the form.
-void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
+template <typename E>
+void pack_strassen(const float* weight, int64_t K, int64_t C, E* packed) {
   const int64_t half = C / 2;
   parallel_tasks(K / (2 * kPanel), [&](int64_t pair) {
-    float* dst = packed + pair * kStrassenProducts * half * kPanel;
+    E* dst = packed + pair * kStrassenProducts * half * kPanel;
     for (int64_t c = 0; c < half; ++c) {
       for (int64_t k = 0; k < kPanel; ++k) {
         const float* left = weight + (2 * pair * kPanel + k) * C + c;
@@ -101,7 +102,8 @@ void pack_strassen(const float* weight, int64_t K, int64_t C, float* packed) {
         double operands[kStrassenProducts];
         strassen_weights(left[0], right[0], left[half], right[half], operands);
         for (int i = 0; i < kStrassenProducts; ++i) {
-          dst[(i * half + c) * kPanel + k] = static_cast<float>(operands[i]);
+          dst[i * half * kPanel + panel_index<E>(c, k)] =
+              static_cast<E>(static_cast<float>(operands[i]));
         }
       }
     }
@@ -136,7 +138,7 @@ template <typename E>
 void pack_weight(const Weights& weights, int64_t tile, int64_t strassen, E* packed) {
   const int64_t K = weights.K, C = weights.C, taps = weights.taps();
   if (strassen) {
-    if constexpr (std::is_same_v<E, float>) pack_strassen(weights.data, K, C, packed);
+    pack_strassen(weights.data, K, C, packed);
   } else if (tile == 0) {
     pack_gemm(weights, packed);
   } else if (tile == kGroupedTile) {

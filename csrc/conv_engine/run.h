@@ -7,24 +7,29 @@
 #include "common/isa.h"
 #include "conv_engine/conv_engine.h"
 
-// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have two more instruction sets.
-#if defined(FASTSEG_AMX)
-#define FASTSEG_AMX_CALL(...) \
-  if (current_isa() >= Isa::kAmx) return &amx::__VA_ARGS__
-#else
-#define FASTSEG_AMX_CALL(...)
-#endif
+// FASTSEG_ISA_CALL in a template over Conv: bfloat16 products have two more instruction sets, or
+// one in kernels that are not written for AMX (FASTSEG_DOT_CALL).
 #if defined(__x86_64__)
-#define FASTSEG_CONV_CALL(...)                                                 \
+#define FASTSEG_DOT_CALL(...)                                                  \
   [] {                                                                         \
     if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) {          \
-      FASTSEG_AMX_CALL(__VA_ARGS__);                                           \
       if (current_isa() >= Isa::kAvx512Bf16) return &avx512_bf16::__VA_ARGS__; \
     }                                                                          \
     return FASTSEG_ISA_CALL(__VA_ARGS__);                                      \
   }()
 #else
-#define FASTSEG_CONV_CALL FASTSEG_ISA_CALL
+#define FASTSEG_DOT_CALL FASTSEG_ISA_CALL
+#endif
+#if defined(FASTSEG_AMX)
+#define FASTSEG_CONV_CALL(...)                                        \
+  [] {                                                                \
+    if constexpr (std::is_same_v<typename Conv::Operand, BFloat16>) { \
+      if (current_isa() >= Isa::kAmx) return &amx::__VA_ARGS__;       \
+    }                                                                 \
+    return FASTSEG_DOT_CALL(__VA_ARGS__);                             \
+  }()
+#else
+#define FASTSEG_CONV_CALL FASTSEG_DOT_CALL
 #endif
 
 namespace fastseg {

@@ -1,13 +1,13 @@
 // The products of strassen.h, and what becomes of each product Q, by its left operand:
-//   0  A11   u  = Q
-//   1  A12   C11 = u + Q
-//   2  S2    u += Q
-//   3  S3    w  = u + Q
-//   4  A22   C21 = w + Q
-//   5  S1    u += Q, C22 = w + Q
-//   6  S4    C12 = u + Q
-// with S1 = A21 + A22, S2 = S1 - A11, S3 = A11 - A21, S4 = A12 - S2. The lower block may have fewer
-// rows than the upper one: those that are missing are zeros in the sums.
+//   0  A11 + A22  u = Q
+//   1  A11        v = Q, w = u + Q
+//   2  A11 + A12  u -= Q, C12 = v + Q
+//   3  A21 + A22  v = Q, w -= Q
+//   4  A22        u += Q, C21 = v + Q
+//   5  A12 - A22  C11 = u + Q
+//   6  A21 - A11  C22 = w + Q
+// The lower block may have fewer rows than the upper one: those that are missing are zeros in the
+// sums.
 
 struct StrassenProduct {
   bool lower;   // of the lower block's rows alone
@@ -15,33 +15,35 @@ struct StrassenProduct {
   bool right;
 };
 constexpr StrassenProduct kStrassen[kStrassenProducts] = {
-    {false, false, false}, {false, true, false}, {false, false, false}, {true, false, false},
-    {true, true, false},   {true, true, true},   {false, true, true},
+    {false, false, false}, {false, false, false}, {false, true, true}, {true, false, false},
+    {true, true, false},   {false, true, false},  {true, true, true},
 };
+constexpr int kUpperLeft = 1, kLowerRight = 4;  // the products of A11 and A22
 
 // What a pair of blocks keeps between the products of a pair of panels: register tiles, which stay
 // in L1 or L2.
 struct StrassenSums {
-  alignas(64) float u[kRows * kPanel], w[kRows * kPanel];
+  alignas(64) float u[kRows * kPanel], v[kRows * kPanel], w[kRows * kPanel];
 };
 
-// Product 5: it is wanted in u and in C22.
+// A product Q that is wanted twice: to = from + sign * Q, and v + Q goes to `out`.
 template <class Out>
 struct StrassenSplit {
   Out out;
-  float *u, *w;
-  const float* base = nullptr;  // to be added to the product, kRows x kPanel
+  float* v;  // may be null
+  float* to;
+  const float* from;
+  float sign;
 
   FASTSEG_MEMBER_INLINE Vec start(int r, int64_t column) const {
-    float* to = w + r * kPanel + column;
-    store(to, load(to) + out.start(r, column));
+    float* at = v + r * kPanel + column;
+    if (out.add_first) store(at, load(at) + out.residual(r, column));
     return Vec{};
   }
   FASTSEG_MEMBER_INLINE void finish(int r, int64_t column, Vec q) const {
     const int64_t at = r * kPanel + column;
-    if (base) q += load(base + at);
-    store(u + at, load(u + at) + q);
-    out.finish(r, column, load(w + at) + q);
+    store(to + at, load(from + at) + sign * q);
+    out.finish(r, column, v ? load(v + at) + q + out.biases(column) : q);
   }
 };
 
@@ -50,34 +52,42 @@ struct StrassenSplit {
 template <class Out, class Multiply>
 FASTSEG_INLINE void strassen_product(int product, StrassenSums& sums, Out out,
                                      const Multiply& multiply) {
-  float *u = sums.u, *w = sums.w;
+  float *u = sums.u, *v = sums.v, *w = sums.w;
   switch (product) {
     case 0:
       return multiply(StoreTile{u});
+    case 1:
+      return multiply(StrassenSplit<StoreTile>{{v}, nullptr, w, u, 1});
     case 2:
-      return multiply(StoreTile{u, false, kPanel, u});
+      return multiply(StrassenSplit<Out>{out, v, u, u, -1});
     case 3:
-      return multiply(StoreTile{w, false, kPanel, u});
-    case 5:
-      return multiply(StrassenSplit<Out>{out, u, w});
+      return multiply(StrassenSplit<StoreTile>{{v}, nullptr, w, w, -1});
+    case 4:
+      return multiply(StrassenSplit<Out>{out, v, u, u, 1});
     default:
-      out.base = product == 4 ? w : u;
+      out.base = product == 5 ? u : w;
       return multiply(out);
   }
 }
 
-// S1 to S4 of n values of a row, n a multiple of kLanes. a21 and a22 are null where the lower block
-// does not have the row.
-template <typename T>
+// The sums of n values of a row, n a multiple of kLanes, each from sums[product] + at on. a21 and
+// a22 are null where the lower block does not have the row.
+template <typename T, typename E>
 static void strassen_sums(const T* a11, const T* a12, const T* a21, const T* a22, int64_t n,
-                          float* s1, float* s2, float* s3, float* s4) {
+                          E* const (&sums)[kStrassenProducts], int64_t at) {
+  constexpr int64_t kAhead = 256;  // bytes; five rows at a time are too many for the hardware
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec upper = load(a11 + i);
-    const Vec lower = a21 ? load(a21 + i) : Vec{};
-    const Vec sum = a22 ? lower + load(a22 + i) : lower;
-    store(s1 + i, sum);
-    store(s2 + i, sum - upper);
-    store(s3 + i, upper - lower);
-    store(s4 + i, load(a12 + i) - (sum - upper));
+    const Vec left = load(a11 + i), right = load(a12 + i);
+    const Vec below = a21 ? load(a21 + i) : Vec{}, across = a22 ? load(a22 + i) : Vec{};
+    const auto write = [&](int product, Vec sum) __attribute__((always_inline)) {
+      E* to = sums[product] + at + i;
+      fetch_line_to_write(reinterpret_cast<char*>(to) + kAhead);
+      store(to, sum);
+    };
+    write(0, left + across);
+    write(2, left + right);
+    write(3, below + across);
+    write(5, right - across);
+    write(6, below - left);
   }
 }

@@ -1,24 +1,25 @@
 // 1x1 convolutions as a matrix product by strassen.inl: rows are output pixels, the reduction is
 // the channels, a pair of panels is 2 * kPanel output channels side by side. With a second image to
 // be summed each half of the reduction is half of the channels of both.
-// Packed weight: [pair of panels][product][C / 2][kPanel].
+// Packed weight: [pair of panels][product][C / 2 / kPerWord][kPanel][kPerWord].
 
 template <class Conv>
 struct StrassenKernel {
   using T = typename Conv::Storage;
+  using E = typename Conv::Operand;
 
   // An upper and a lower block of pixels, and where the products read.
   struct Pair {
     int64_t rows[2];
     const T *x[2 * kRows], *x2[2 * kRows];
-    Patch<float> operands[kStrassenProducts], summands[kStrassenProducts];
+    Patch<E> operands[kStrassenProducts], summands[kStrassenProducts];
     PixelAddress<T> pixels[2][kRows];
     StrassenSums sums;
   };
 
   static int64_t pairs(const Conv& conv) { return ceil_div(conv.pixels(), 2 * kRows); }
   static int64_t pair_bytes() { return sizeof(Pair); }
-  // Floats of the operands of a pair that do not lie in the image.
+  // The operands of a pair that do not lie in the image.
   static int64_t operands_size(const Conv& conv) {
     return (in_place(conv) ? kStrassenSums : kStrassenProducts) * kRows * operand_row(conv);
   }
@@ -27,7 +28,7 @@ struct StrassenKernel {
   // all pairs of blocks follows the one before, so that the weights pass by once. `next` is the
   // pair with which the next task of the thread probably begins: its pixels come to L2 meanwhile.
   static void run(const Conv& conv, int64_t begin, int64_t end, int64_t next, int64_t panel_begin,
-                  int64_t panel_end, float* operands, void* memory) {
+                  int64_t panel_end, E* operands, void* memory) {
     Pair* pairs = static_cast<Pair*>(memory);
     const int64_t count = end - begin, size = operands_size(conv);
     for (int64_t i = 0; i < count; ++i) {
@@ -66,19 +67,23 @@ struct StrassenKernel {
   }
 
  private:
-  // Whether A11, A12 and A22 can be read where they lie.
+  // Whether A11 and A22 can be read where they lie. Lines that are a multiple of 4 KB apart fall on
+  // one set of L1, see gemm_conv.inl.
   static bool in_place(const Conv& conv) {
-    return std::is_same_v<T, float> && conv.is_pointwise() && (!conv.C2 || conv.summand_is_flat());
+    const int64_t apart = conv.flat_stride() * sizeof(T);
+    const bool collide = kRows > 8 && apart % 4096 == 0;
+    return std::is_same_v<T, E> && conv.is_pointwise() && !collide &&
+           (!conv.C2 || conv.summand_is_flat());
   }
   static int64_t half(const Conv& conv) { return (conv.C + conv.C2) / 2; }
   // A line more than it needs to be, so that rows do not fall on the same cache sets.
   static int64_t operand_row(const Conv& conv) { return half(conv) + kGroup; }
 
-  static const float* weights(const Conv& conv, int64_t panel, int64_t product) {
+  static const E* weights(const Conv& conv, int64_t panel, int64_t product) {
     return conv.weight + (panel * kStrassenProducts + product) * half(conv) * kPanel;
   }
   // Fetches weights: a line for each step of a product.
-  static NextRuns lines(const Conv& conv, const float* weights) {
+  static NextRuns lines(const Conv& conv, const E* weights) {
     return {reinterpret_cast<const char*>(weights), 0,
             reinterpret_cast<const char*>(weights + conv.C / 2 * kGroup)};
   }
@@ -109,17 +114,17 @@ struct StrassenKernel {
   }
 
   // The left operands.
-  static void prepare(const Conv& conv, float* buffer, Pair& pair) {
+  static void prepare(const Conv& conv, E* buffer, Pair& pair) {
     const int64_t row = operand_row(conv), upper = pair.rows[0];
-    float* made[kStrassenProducts] = {};
-    for (const int operand : {2, 3, 5, 6}) made[operand] = buffer, buffer += kRows * row;
-    if (!in_place(conv)) {
-      for (const int operand : {0, 1, 4}) made[operand] = buffer, buffer += kRows * row;
+    E* made[kStrassenProducts] = {};
+    for (int i = 0; i < kStrassenProducts; ++i) {
+      if (in_place(conv) && (i == kUpperLeft || i == kLowerRight)) continue;
+      made[i] = buffer, buffer += kRows * row;
     }
     for (int i = 0; i < kStrassenProducts; ++i) {
       pair.operands[i] = {made[i], row, 0, 0, 1, 1, conv.C / 2};
       if (!conv.C2) continue;
-      const float* behind = made[i] ? made[i] + conv.C / 2 : nullptr;
+      const E* behind = made[i] ? made[i] + conv.C / 2 : nullptr;
       pair.summands[i] = {behind, row, 0, 0, 1, 1, conv.C2 / 2};
       pair.operands[i].then = &pair.summands[i];
     }
@@ -128,8 +133,8 @@ struct StrassenKernel {
       prepare_row(pair.x, r, below, conv.C / 2, made, r * row);
       if (conv.C2) prepare_row(pair.x2, r, below, conv.C2 / 2, made, r * row + conv.C / 2);
     }
-    if constexpr (std::is_same_v<T, float>) {
-      if (!made[0]) {
+    if constexpr (std::is_same_v<T, E>) {
+      if (!made[kUpperLeft]) {
         read_in_place(pair.x, upper, conv.flat_stride(), pair.operands);
         if (conv.C2) read_in_place(pair.x2, upper, conv.x2.pixel, pair.summands);
       }
@@ -139,24 +144,21 @@ struct StrassenKernel {
   // Row r of all operands, from `at` on, from row r of the upper and, unless negative, row `below`
   // of the lower block. `half` of its channels are in A11, the others in A12.
   static void prepare_row(const T* const* x, int64_t r, int64_t below, int64_t half,
-                          float* const (&made)[kStrassenProducts], int64_t at) {
+                          E* const (&made)[kStrassenProducts], int64_t at) {
     const T *upper = x[r], *lower = below < 0 ? nullptr : x[below];
-    strassen_sums(upper, upper + half, lower, lower ? lower + half : nullptr, half, made[5] + at,
-                  made[2] + at, made[3] + at, made[6] + at);
-    if (!made[0]) return;
-    copy_run(upper, made[0] + at, half);
-    copy_run(upper + half, made[1] + at, half);
-    if (lower) copy_run(lower + half, made[4] + at, half);
+    strassen_sums(upper, upper + half, lower, lower ? lower + half : nullptr, half, made, at);
+    if (!made[kUpperLeft]) return;
+    copy_run(upper, made[kUpperLeft] + at, half);
+    if (lower) copy_run(lower + half, made[kLowerRight] + at, half);
   }
 
-  // A11, A12 and A22 where they lie.
+  // A11 and A22 where they lie.
   static void read_in_place(const T* const* x, int64_t upper, int64_t stride,
-                            Patch<float> (&operands)[kStrassenProducts]) {
-    const int64_t half = operands[0].length;
-    operands[0].data = x[0];
-    operands[1].data = x[0] + half;
-    operands[4].data = x[upper] + half;
-    for (const int i : {0, 1, 4}) operands[i].row = stride;
+                            Patch<E> (&operands)[kStrassenProducts]) {
+    Patch<E>&left = operands[kUpperLeft], &right = operands[kLowerRight];
+    left.data = x[0];
+    right.data = x[upper] + right.length;
+    left.row = right.row = stride;
   }
 
   // The lines that a product will add and those that it will write, see gemm_conv.inl.
@@ -174,7 +176,7 @@ struct StrassenKernel {
     const int64_t rows = pair.rows[lower];
     if (rows == 0) return;
     const int64_t k = (2 * panel + kStrassen[product].right) * kPanel;
-    const float* b = weights(conv, panel, product);
+    const E* b = weights(conv, panel, product);
     const auto multiply = [&](auto tile) {
       patch_tile(rows, kPanel, pair.operands[product], b, ahead, tile);
     };

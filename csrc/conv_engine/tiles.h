@@ -64,11 +64,11 @@ template <typename E>
 void check_tile(int64_t tile, int64_t K, int64_t C, int64_t R, int64_t S, int64_t strassen) {
   FASTSEG_CHECK(strassen == 0 || strassen == 1, "conv_engine: strassen must be 0 or 1 level, got ",
                 strassen);
-  FASTSEG_CHECK(!strassen || (std::is_same_v<E, float> && tile == 0 && R * S == 1 &&
-                              C % (2 * kGroup) == 0 && K % (2 * kPanel) == 0),
-                "conv_engine: strassen needs float32 products of a 1x1 kernel with input channels "
-                "in multiples of 32 and output channels of 64, got tile ",
-                tile, ", a ", R, "x", S, " kernel, ", C, " and ", K, " channels");
+  FASTSEG_CHECK(
+      !strassen || (tile == 0 && R * S == 1 && C % (2 * kGroup) == 0 && K % (2 * kPanel) == 0),
+      "conv_engine: strassen needs a 1x1 kernel with input channels in multiples of 32 and output "
+      "channels of 64, got tile ",
+      tile, ", a ", R, "x", S, " kernel, ", C, " and ", K, " channels");
   if (tile == kLineTile) {
     FASTSEG_CHECK(R == 1 || S == 1, "conv_engine: tile 5 needs a k x 1 or 1 x k kernel, got ", R,
                   "x", S);

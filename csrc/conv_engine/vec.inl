@@ -19,6 +19,23 @@ typedef Vec UnalignedVec __attribute__((aligned(sizeof(float))));
 FASTSEG_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 FASTSEG_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
+// Fetches a line into L2, or into L1 to be written. GCC drops loops of __builtin_prefetch, as
+// without effect.
+FASTSEG_INLINE void fetch_line(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+FASTSEG_INLINE void fetch_line_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 // The first n < kLanes values at p; the others are 0 and are not touched.
 FASTSEG_INLINE Vec load_part(const float* p, int64_t n) {
 #if FASTSEG_ISA_LEVEL >= 2

@@ -7,10 +7,10 @@ struct WideStrassenKernel {
   static constexpr int64_t kColumns = 2 * kWideColumns;
 
   struct Pair {
-    int64_t first, rows[2];  // pixels: the first, and those of either block
-    WideRun<float> x[2];     // all channels of both blocks of the one and the other image
-    const float* made[kStrassenProducts];  // left operands that do not lie in the images
-    alignas(64) float u[kWideSums], w[kWideSums];
+    int64_t first, rows[2];          // pixels: the first, and those of either block
+    WideRun<float> x[2];             // all channels of both blocks of the one and the other image
+    float* made[kStrassenProducts];  // left operands that do not lie in the images
+    alignas(64) float u[kWideSums], v[kWideSums], w[kWideSums];
   };
 
   // The last pair shall not be mostly empty where there are few of them.
@@ -80,10 +80,11 @@ struct WideStrassenKernel {
     pair.rows[0] = std::min<int64_t>(rows, kWideRows);
     pair.rows[1] = rows - pair.rows[0];
     const int64_t row = operand_row(conv), part = kWideRows * row;
-    float* sums[kStrassenSums];
-    for (int i = 0; i < kStrassenSums; ++i, memory += part) sums[i] = memory;
-    pair.made[5] = sums[0], pair.made[2] = sums[1], pair.made[3] = sums[2], pair.made[6] = sums[3];
-    pair.made[0] = pair.made[1] = pair.made[4] = nullptr;
+    for (int i = 0; i < kStrassenProducts; ++i) {
+      const bool lies_there = i == kUpperLeft || i == kLowerRight;
+      pair.made[i] = lies_there ? nullptr : memory;
+      if (!lies_there) memory += part;
+    }
     if (in_place && rows == kPixels) {
       const int64_t x_row = conv.flat_stride();
       pair.x[0] = {conv.x.data + pair.first * x_row, x_row, conv.C};
@@ -107,8 +108,7 @@ struct WideStrassenKernel {
       for (const WideRun<float>& x : pair.x) {
         const float *upper = x.data + r * x.row, *lower = upper + kWideRows * x.row;
         const int64_t n = x.length / 2;
-        strassen_sums(upper, upper + n, lower, lower + n, n, sums[0] + at, sums[1] + at,
-                      sums[2] + at, sums[3] + at);
+        strassen_sums(upper, upper + n, lower, lower + n, n, pair.made, at);
         at += n;
       }
     }
@@ -142,24 +142,29 @@ struct WideStrassenKernel {
         tile.runs[i] = {made, operand_row(conv), n};
         made += n;
       } else {
-        const float* block = pair.x[i].data + (lower ? kWideRows * pair.x[i].row : 0);
-        tile.runs[i] = {block + (product > 0 ? n : 0), pair.x[i].row, n};
+        const float* upper = pair.x[i].data;
+        const float* block = lower ? upper + kWideRows * pair.x[i].row + n : upper;
+        tile.runs[i] = {block, pair.x[i].row, n};
       }
     }
     tile.left = weights(conv, column, product);
     tile.right = tile.left + panel_distance(conv);
-    tile.base = product == 4 ? pair.w : product == 0 || product == 5 ? nullptr : pair.u;
     switch (product) {
       case 0:
-      case 2:
         tile.sums = pair.u;
         return wide_tile(tile);
-      case 3:
-        tile.sums = pair.w;
+      case 1:
+        tile.sums = pair.v, tile.to = pair.w, tile.from = pair.u, tile.sign = 1;
         return wide_tile(tile);
-      case 5:
-        tile.u = pair.u;
-        tile.w = pair.w;
+      case 3:
+        tile.sums = pair.v, tile.from = tile.to = pair.w, tile.sign = -1;
+        return wide_tile(tile);
+      case 2:
+      case 4:
+        tile.base = pair.v, tile.from = tile.to = pair.u, tile.sign = product == 2 ? -1 : 1;
+        break;
+      default:
+        tile.base = product == 5 ? pair.u : pair.w;
     }
     const int64_t k = channel(column, product), first = pair.first + lower * kWideRows;
     tile.bias = conv.bias + k;

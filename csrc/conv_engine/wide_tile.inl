@@ -37,13 +37,12 @@ template <class T>
 struct WideTile {
   WideRun<T> runs[2];     // one behind the other; the second may have length 0
   const T *left, *right;  // packed panels
-  // What becomes of the sums, arrays of kWideRows x kWideColumns: `base`, if any, is added, then
-  // they go to `sums` or, where that is null, with bias and residual, at least `low` and at most
-  // `high`, to y.
-  // Strassen's product 5 has u and w: it is added to u, and what it makes of w goes to y. Of
-  // bfloat16 all go to y.
-  const float* base;
-  float *sums, *u, *w;
+  // What becomes of the sums, arrays of kWideRows x kWideColumns: where there is `to`, that is
+  // `from` plus or minus them. `base`, if any, is added, then they go to `sums` or, where that is
+  // null, with bias and residual, at least `low` and at most `high`, to y. Of bfloat16 all go to y.
+  float *base, *sums, *to;
+  const float* from;
+  float sign;
   const float* bias;
   WideRows<const T> residual;
   WideRows<T> y;
@@ -81,13 +80,13 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
   Vec sums[kWideRows][kWideVectors], total[kWideRows][kWideVectors];
   bool has_total = false;
   int64_t terms = 0;  // in the sums, the others are in the total
-  if (kFloat && (tile.sums || tile.u)) {
+  if (kFloat && (tile.sums || tile.to)) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = Vec{}; });
-    for (int r = 0; tile.u && r < kWideRows; ++r) {
+    for (int r = 0; !tile.sums && r < kWideRows; ++r) {
       for (int v = 0; v < kWideVectors; ++v) {
         Vec added = load(biases.at(0, v));
         if (tile.residual.data) added += load(tile.residual.at(r, v));
-        store(at(tile.w, r, v), load(at(tile.w, r, v)) + added);
+        store(at(tile.base, r, v), load(at(tile.base, r, v)) + added);
       }
     }
   } else if (tile.residual.data) {
@@ -148,6 +147,11 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
   if (kShortSums<T> && has_total) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] += total[r][v]; });
   }
+  if (kFloat && tile.to) {
+    each([&](int r, int v) __attribute__((always_inline)) {
+      store(at(tile.to, r, v), load(at(tile.from, r, v)) + tile.sign * sums[r][v]);
+    });
+  }
   if (kFloat && tile.base) {
     each([&](int r, int v)
              __attribute__((always_inline)) { sums[r][v] += load(at(tile.base, r, v)); });
@@ -155,12 +159,6 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
   if (kFloat && tile.sums) {
     return each([&](int r, int v)
                     __attribute__((always_inline)) { store(at(tile.sums, r, v), sums[r][v]); });
-  }
-  if (kFloat && tile.u) {
-    each([&](int r, int v) __attribute__((always_inline)) {
-      store(at(tile.u, r, v), load(at(tile.u, r, v)) + sums[r][v]);
-      sums[r][v] += load(at(tile.w, r, v));
-    });
   }
   // A maximum for any activation: jumps for each vector cost tiles of 64 terms 8 %.
   const Vec low = Vec{} + tile.low, high = Vec{} + tile.high;

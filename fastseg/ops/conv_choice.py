@@ -10,9 +10,9 @@ F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k kernels take F(5, 5) along 
 groups of five taps; multiplied in bfloat16, F(3, 3) in groups of three. Groups of few channels, of
 which depthwise convolutions have one, and 3-wide kernels over images of one or three channels have
 kernels of their own; wider groups are convolved one by one. Products of many channels take
-Strassen's algorithm (1969) in Winograd's form: seven products of halves instead of eight. It pairs
-each pixel with one up to 14 further on: rounding then depends on both, and where one of them is
-infinite or NaN, both results are NaN.
+Strassen's algorithm (1969): seven products of halves instead of eight. It pairs each pixel with one
+up to 14 further on: rounding then depends on both, and where one of them is infinite or NaN, both
+results are NaN.
 
 **float32 images.** Largest error over largest output against float64 on unit-variance data:
 
@@ -46,6 +46,7 @@ algorithm            products  error
 ===================  ========  ===========================
 all                  float32   4e-3
 GEMM, grouped        bfloat16  4e-3
+GEMM, Strassen       bfloat16  1.1e-2
 bordered, to 2       bfloat16  1e-2
 bordered, to 3       bfloat16  1.5e-2
 F(2, 3)              bfloat16  8e-3
@@ -53,10 +54,10 @@ F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinit
 F(3, 3), one axis    bfloat16  1e-2
 ===================  ========  ===========================
 
-F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16, and so does Strassen's algorithm
-(simulated: one product of 1024 channels 6.3e-3 root mean square instead of 2.3e-3, PSPNet as a
-whole 1.26 times torch's error). F(4, 3) loses 1.2e-2 in a layer; in whole networks the rounding of
-the activations is the larger part. Random weights with the statistics of random images, root mean
+F(6, 3) and F(5, 5) lose too much to be multiplied in bfloat16. Root mean square, Strassen's
+algorithm has 4.8e-3 where the plain product has 2.3e-3 (in Winograd's form, which adds up to four
+values before it rounds, 6.3e-3), F(4, 3) 1.2e-2; in whole networks the rounding of the activations
+is the larger part. Random weights with the statistics of random images, root mean
 square error of the logits against float64, relative to that of torch's eager bfloat16 network, for
 float32 products and for the three values of ``accuracy`` with bfloat16 products (AMD, Zen 4, three
 seeds, images of 256 to 320 pixels; the default before :mod:`fastseg.optimize.rounding` made it
@@ -150,10 +151,10 @@ def choose_algorithm(
         dtype: of the images, float32 or bfloat16.
         accuracy: how far transforms may round. "default": whole networks stay within the errors of
             the peers' own in this dtype; "strict": no more than torch's own convolution; "fast":
-            the default, but with AMX and for two kinds of bfloat16 networks: that unpool maxima,
-            with 1.2 times the errors of torch's, or of little but 3x3 layers, with 1.4 to 2.2
+            the default, but with AMX and for bfloat16 networks: those that unpool maxima have 1.2
+            times the errors of torch's, of little but 3x3 layers 1.4 to 2.2, others up to 1.2
             (:mod:`fastseg.optimize.rounding`); "maxima": for layers before an unpooled maximum, the
-            default without F(6, 3), see ``MAXIMA``, or F(4, 3) from bfloat16 products.
+            default without F(6, 3), see ``MAXIMA``, or what bfloat16 products add to F(2, 3).
     """
     C, K = in_channels // groups, out_channels // groups
     layer = (C, K, kernel_size, size, stride, padding, dilation)
@@ -314,9 +315,10 @@ def _choose_bfloat16(
     get: nothing rounds more than the result itself, so ``accuracy`` makes no difference. Fast they
     are on AMD's processors with avx512_bf16, twice as fast as float32 (on Intel's without AMX they
     are half as fast). There a bfloat16 product costs half of a float32 one, and ``accuracy`` says
-    how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3)
-    and, along one axis, F(3, 3). On Zen 4, 65x65, of oneDNN's speed, strict and default: 64
-    channels at 129x129 1.9 and 2.5, 128 2.0 and 2.7, 256 1.8 and 2.9, 512 1.9 and 3.2.
+    how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3),
+    along one axis F(3, 3) and of 1x1 kernels Strassen's algorithm. On Zen 4, 65x65, of oneDNN's
+    speed, strict and default: 64 channels at 129x129 1.9 and 2.5, 128 2.0 and 2.7, 256 1.8 and 2.9,
+    512 1.9 and 3.2.
 
     With AMX a product costs a twelfth, which leaves little that a transform can save: float32 ones
     and F(5, 5) never pay, F(2, 3) would take 0.7 of the time of the direct convolution at 512
@@ -331,7 +333,8 @@ def _choose_bfloat16(
         wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
     if tile == 0 or (tile == LINE and amx):
-        return Algorithm(0, torch.bfloat16)
+        halves = not amx and accuracy in ("default", "fast") and _halves_bfloat16(*shape)
+        return Algorithm(0, torch.bfloat16, int(halves))
     rate = BF16_RATE["amx" if amx else "avx512_bf16"]
     rounded = ROUNDED["maxima" if amx and accuracy == "default" else accuracy]
     C, K = in_channels, out_channels
@@ -352,6 +355,25 @@ def _choose_bfloat16(
         if m in rounded:
             cost[m, torch.bfloat16] = products * (whole * K / rate + 12 * (whole + K))
     return Algorithm(*_cheapest(cost))
+
+
+def _halves_bfloat16(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether Strassen's algorithm is the faster one for bfloat16 products. Speed over the plain
+    product, Zen 4, at 65x65 and 13x17: 256 -> 256 channels 0.91, 0.99; 512 -> 256 1.00, 0.98; 1024
+    -> 256 1.03, 0.98; 256 -> 1024 and a residual 1.01, 1.03; 512 -> 2048 1.07, 1.06; 2048 -> 256
+    1.09, 1.06; 2048 -> 512 1.10, 1.09; at 8x8 all of them 0.8 to 0.9."""
+    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+    large = in_channels >= 512 and in_channels * out_channels >= 1024 * 256 and Ho * Wo >= 192
+    layer = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
+    return large and choose_strassen(*layer) == 1
 
 
 def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:

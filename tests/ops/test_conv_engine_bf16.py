@@ -39,8 +39,15 @@ GROWTH = {1: 2.0, 2: 1.667, 4: 5.021, 5: 1.690}  # root mean square over a tile
 WORST_GROWTH = {1: 2.0, 2: 1.667, 3: 3.675, 4: 7.125, 5: 1.917}  # at its worst output, see above
 
 
-def allowed(tile, products):
-    return ALLOWED[tile] if products == BF16 else ROUNDING
+# Of Strassen's algorithm, sqrt(2) included: of the four blocks of a result two are sums of four
+# products, whose operands are sums of one or two blocks.
+STRASSEN_GROWTH = 10**0.5
+
+
+def allowed(tile, products, strassen=0):
+    if products != BF16:
+        return ROUNDING
+    return ROUNDING + 1.3 * DELTA * STRASSEN_GROWTH if strassen else ALLOWED[tile]
 
 
 def largest_of_many(exact, weight, tile, products, slope=1.0):

@@ -9,6 +9,7 @@ from fastseg.nn.packed import PackedConv2d
 from fastseg.ops.conv_choice import choose_algorithm
 from fastseg.ops.conv_engine import ACTIVATIONS, conv_engine, conv_engine_reference, pack_conv
 from tests.ops.test_conv_engine import case, exact_result, relative_error
+from tests.ops.test_conv_engine_bf16 import DELTA, ROUNDING, STRASSEN_GROWTH, allowed, image
 
 ALLOWED = 2e-6  # largest error over largest output that the accuracy policy allows
 CASES = [  # N, C, H, W, K, stride
@@ -24,12 +25,16 @@ CASES = [  # N, C, H, W, K, stride
 ]
 
 
-def packed(shape, **options):
+def packed(shape, products=torch.float32, **options):
     N, C, H, W, K, stride = shape
     options = {"stride": stride, "activation": "relu", **options}
-    tensors = case(N, C, H, W, K, (1, 1), **options)
-    conv = pack_conv(*tensors[1:3], **options, strassen=1)
+    tensors = [t.to(products) for t in case(N, C, H, W, K, (1, 1), **options)]
+    weight, bias = (t.float() for t in tensors[1:3])
+    conv = pack_conv(weight, bias, **options, products=products, strassen=1)
     return tensors, conv, options
+
+
+PRODUCTS = pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.mark.parametrize("residual_last", [False, True])
@@ -62,16 +67,40 @@ def test_bfloat16_images(shape, cpu_isa):
     assert torch.allclose(y.double(), exact, rtol=2**-8, atol=ALLOWED * exact.abs().max())
 
 
+@pytest.mark.parametrize("residual_last", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_slices(shape):
+def test_bfloat16_products(shape, activation, residual_last, cpu_isa):
+    """Sums of operands are rounded, too."""
+    options = {"activation": activation, "residual_last": residual_last}
+    (x, weight, bias, residual), conv, options = packed(shape, torch.bfloat16, **options)
+    for added in residual, None:
+        y = conv_engine(x, conv, added)
+        assert y.dtype == torch.bfloat16
+        exact = exact_result(x, weight, bias, added, **options)
+        # Small maps may have small outputs alone: six deviations of their error.
+        response = x.shape[1] ** 0.5
+        bound = ROUNDING * exact.abs().max() + 6 * DELTA * STRASSEN_GROWTH * response
+        assert (y.double() - exact).abs().max() <= bound
+
+
+def test_error_of_bfloat16_products():
+    (x, weight, bias, _), conv, options = packed((1, 1024, 33, 33, 256, (1, 1)), torch.bfloat16)
+    exact = exact_result(x, weight, bias, None, **options)
+    assert relative_error(conv_engine(x, conv), exact) <= allowed(0, torch.bfloat16, strassen=1)
+
+
+@PRODUCTS
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_slices(shape, products):
     """Images whose pixels or lines lie apart in memory; the result between channels of another."""
-    (x, _, _, residual), conv, _ = packed(shape)
+    (x, _, _, residual), conv, _ = packed(shape, products)
     expected = conv_engine(x, conv, residual)
     N, C, H, W = x.shape
-    wide = torch.randn(N, C + 8, H + 1, W + 2).contiguous(memory_format=torch.channels_last)
+    wide = image(N, C + 8, H + 1, W + 2).to(products)
     wide[:, 5:-3, 1:, 1:-1] = x
     K = residual.shape[1]
-    out = torch.randn(N, K + 7, *residual.shape[2:]).contiguous(memory_format=torch.channels_last)
+    out = image(N, K + 7, *residual.shape[2:]).to(products)
     before = out.clone(memory_format=torch.preserve_format)
     conv_engine(wide[:, 5:-3, 1:, 1:-1], conv, residual, out=out[:, 4:-3])
     assert torch.equal(out[:, 4:-3], expected)
@@ -79,21 +108,24 @@ def test_slices(shape):
     assert torch.equal(out[:, -3:], before[:, -3:])
     assert torch.equal(conv_engine(x.contiguous(), conv, residual.contiguous()), expected)
     _, _, Ho, Wo = residual.shape
-    out = torch.randn(N, K, Ho + 1, Wo + 2).contiguous(memory_format=torch.channels_last)
+    out = image(N, K, Ho + 1, Wo + 2).to(products)
     conv_engine(x, conv, residual, out=out[:, :, 1:, 1:-1])
     assert torch.equal(out[:, :, 1:, 1:-1], expected)
 
 
-def test_written_over_the_residual():
-    (x, _, _, residual), conv, _ = packed((1, 64, 130, 131, 128, (1, 1)))  # large enough to stream
+@PRODUCTS
+def test_written_over_the_residual(products):
+    shape = (1, 64, 130, 131, 128, (1, 1))  # large enough to stream
+    (x, _, _, residual), conv, _ = packed(shape, products)
     expected = conv_engine(x, conv, residual)
     out = residual.clone(memory_format=torch.preserve_format)
     assert torch.equal(conv_engine(x, conv, out, out=out), expected)
 
 
+@PRODUCTS
 @pytest.mark.parametrize("shape", [(1, 64, 65, 65, 128, (1, 1)), (1, 512, 9, 9, 1024, (1, 1))])
-def test_same_bits_with_any_thread_count(shape, threads):
-    (x, _, _, residual), conv, _ = packed(shape)
+def test_same_bits_with_any_thread_count(shape, products, threads):
+    (x, _, _, residual), conv, _ = packed(shape, products)
     threads(2)
     two = conv_engine(x, conv, residual)
     assert torch.equal(conv_engine(x, conv, residual), two)
@@ -106,12 +138,14 @@ def test_empty_batch():
     assert conv_engine(x[:0], conv).shape == (0, 64, 5, 5)
 
 
-def test_integers_are_exact():
+@PRODUCTS
+def test_integers_are_exact(products, cpu_isa):
     """Products and sums of small integers do not round, so every one of the seven must be right."""
     x = torch.randint(-8, 9, (1, 128, 13, 15)).float().contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-8, 9, (192, 128, 1, 1)).float()
-    expected = conv_engine_reference(x, weight)
-    assert torch.equal(conv_engine(x, pack_conv(weight, strassen=1)), expected)
+    expected = conv_engine_reference(x, weight).to(products)
+    conv = pack_conv(weight, products=products, strassen=1)
+    assert torch.equal(conv_engine(x.to(products), conv), expected)
 
 
 def test_choice(monkeypatch):
@@ -134,7 +168,14 @@ def test_choice(monkeypatch):
     monkeypatch.setattr(_C, "bf16_products", lambda: False)
     assert choice(1024, 256, dtype=torch.bfloat16) == 1
     monkeypatch.setattr(_C, "bf16_products", lambda: True)
-    assert choice(1024, 256, dtype=torch.bfloat16) == 0
+    for isa, levels in (("avx512_bf16", 1), ("amx", 0)):
+        monkeypatch.setattr(_C, "cpu_isa", lambda isa=isa: isa)
+        assert choice(1024, 256, dtype=torch.bfloat16) == levels
+    monkeypatch.setattr(_C, "cpu_isa", lambda: "avx512_bf16")
+    for accuracy, levels in (("fast", 1), ("strict", 0), ("maxima", 0)):
+        assert choice(2048, 512, dtype=torch.bfloat16, accuracy=accuracy) == levels
+    assert choice(512, 256, dtype=torch.bfloat16) == choice(256, 1024, dtype=torch.bfloat16) == 0
+    assert choice(2048, 512, size=(13, 14), dtype=torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("accuracy", ["default", "strict"])
@@ -189,10 +230,8 @@ def test_errors():
         pack_conv(torch.randn(64, 48, 1, 1), strassen=1)
     with pytest.raises(ValueError, match="multiples of 32 and output channels of 64"):
         pack_conv(torch.randn(96, 64, 1, 1), strassen=1)
-    with pytest.raises(ValueError, match="float32 products of a 1x1 kernel"):
+    with pytest.raises(ValueError, match="strassen needs a 1x1 kernel"):
         pack_conv(torch.randn(64, 64, 3, 3), strassen=1)
-    with pytest.raises(ValueError, match="float32 products of a 1x1 kernel"):
-        pack_conv(torch.randn(64, 64, 1, 1), strassen=1, products=torch.bfloat16)
     with pytest.raises(ValueError, match="strassen must be 0 or 1 level, got 2"):
         pack_conv(torch.randn(64, 64, 1, 1), strassen=2)
     conv = pack_conv(torch.randn(64, 64, 1, 1), padding=(1, 0), strassen=1)

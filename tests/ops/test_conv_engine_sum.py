@@ -85,12 +85,15 @@ def test_bfloat16_products(shape, cpu_isa):
     assert torch.allclose(y.double(), exact, rtol=2**-8, atol=bound)
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strassen", [0, 1])
-def test_integers_are_exact(strassen, cpu_isa):
+def test_integers_are_exact(strassen, products, cpu_isa):
     """Small integers do not round, so that every product must be right."""
     tensors = [t.mul(4).round() for t in case(2, 64, 96, 9, 20, 64, (1, 1), (2, 2))]
-    y, exact, _ = both(tensors, (*[None] * 6, (1, 1), (2, 2)), strassen=strassen)
-    assert torch.equal(y.double(), exact)
+    tensors[:2] = (image.to(products) for image in tensors[:2])
+    options = {"products": products, "strassen": strassen}
+    y, exact, _ = both(tensors, (*[None] * 6, (1, 1), (2, 2)), **options)
+    assert torch.equal(y, exact.to(products))
 
 
 @pytest.mark.parametrize("strassen", [0, 1])

@@ -9,6 +9,7 @@ from torch import nn
 import fastseg
 from fastseg import _C
 from fastseg.nn.packed import PackedConv2d
+from fastseg.nn.packed_sum import PackedConvSum2d
 from fastseg.optimize.rounding import decide_rounded
 from tests.test_bfloat16 import calibrated, check
 
@@ -50,6 +51,28 @@ def test_layers_among_others(fast_products):
     layers = [nn.Conv2d(64, 64, k, padding=k // 2) for k in (3, 1, 3, 1, 1)] * 2
     fast = fastseg.optimize(nn.Sequential(*copy.deepcopy(layers)).eval(), dtype=torch.bfloat16)
     assert [conv.accuracy for conv in packed(fast)].count("strict") == 4 - 2
+
+
+def test_largest_products_by_strassen(fast_products):
+    """One layer in ten, here a sum of two, which is the largest; of those in float32 all."""
+    layers = [nn.Conv2d(512, 512, 1) for _ in range(8)]
+    model = nn.Sequential(*layers, Sum(512, 512)).eval()
+    for dtype, others in ((torch.bfloat16, 0), (torch.float32, 8)):
+        fast = fastseg.optimize(model, dtype=dtype)
+        (addition,) = [m for m in fast.modules() if isinstance(m, PackedConvSum2d)]
+        assert addition.algorithm((30, 30)).strassen == 1
+        x = torch.empty(1, 512, 30, 30, device="meta")
+        alone = [c for c in packed(fast) if c not in (addition.first, addition.second)]
+        assert sum(conv.algorithm(x).strassen for conv in alone) == others
+
+
+class Sum(nn.Module):
+    def __init__(self, C, K):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(C, K, 1), nn.Conv2d(C, K, 1)
+
+    def forward(self, x):
+        return self.one(torch.relu(x)) + self.other(x)
 
 
 def test_blocks_are_left(fast_products):
