@@ -82,11 +82,10 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
   int64_t terms = 0;  // in the sums, the others are in the total
   if (kFloat && (tile.sums || tile.to)) {
     each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] = Vec{}; });
-    for (int r = 0; !tile.sums && r < kWideRows; ++r) {
+    for (int r = 0; tile.residual.data && r < kWideRows; ++r) {
       for (int v = 0; v < kWideVectors; ++v) {
-        Vec added = load(biases.at(0, v));
-        if (tile.residual.data) added += load(tile.residual.at(r, v));
-        store(at(tile.base, r, v), load(at(tile.base, r, v)) + added);
+        float* base = at(tile.base, r, v);
+        store(base, load(base) + load(tile.residual.at(r, v)));
       }
     }
   } else if (tile.residual.data) {
@@ -159,6 +158,9 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
   if (kFloat && tile.sums) {
     return each([&](int r, int v)
                     __attribute__((always_inline)) { store(at(tile.sums, r, v), sums[r][v]); });
+  }
+  if (kFloat && tile.to) {
+    each([&](int r, int v) __attribute__((always_inline)) { sums[r][v] += load(biases.at(0, v)); });
   }
   // A maximum for any activation: jumps for each vector cost tiles of 64 terms 8 %.
   const Vec low = Vec{} + tile.low, high = Vec{} + tile.high;
