@@ -16,7 +16,7 @@ from ..nn.conv_bn import ConvBNReLU2d
 from ..nn.packed import PackedConv2d, unsupported
 from ..nn.packed_linear import PackedLinear, unsupported_linear
 from ..nn.packed_transposed import PackedConvTranspose2d, unsupported_transposed
-from .tracing import has_hooks, may_write
+from .tracing import attribute, has_hooks, may_write
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 # By the name that the engine has for them; layers, functions, methods.
@@ -257,7 +257,9 @@ class Fusion:
         other = others[0]
         in_place = node.target in (operator.iadd, "add_") and node.args[0] is other
         if in_place and (
-            other.op == "placeholder" or len(other.users) > 1 or self.root(other) is not other
+            other.op in ("placeholder", "get_attr")
+            or len(other.users) > 1
+            or self.root(other) is not other
         ):
             return None  # somebody else sees the sum
         # The convolution now runs where the addition was: nothing may change its input meanwhile.
@@ -265,7 +267,21 @@ class Fusion:
         between = [
             n for n in self.traced.graph.nodes if first < self.position[n] < last and n not in chain
         ]
-        return None if self.written(chain[0].args, between) else other
+        return None if self.written(chain[0].args, between) else self.laid_out(other)
+
+    def laid_out(self, node: fx.Node) -> fx.Node:
+        """A stored map once in the engine's layout, instead of at each call."""
+        if node.op != "get_attr":
+            return node
+        stored = attribute(self.traced, str(node.target))
+        if stored.dim() != 4 or stored.is_contiguous(memory_format=torch.channels_last):
+            return node
+        name = f"{node.name}_channels_last"
+        if not hasattr(self.traced, name):
+            image = stored.detach().contiguous(memory_format=torch.channels_last)
+            self.traced.register_buffer(name, image, persistent=False)
+        with self.traced.graph.inserting_before(node):
+            return self.traced.graph.get_attr(name)
 
     def written(self, sources: Iterable[Any], nodes: Iterable[fx.Node]) -> bool:
         """Whether one of these nodes may change what is in the memory of the sources."""
@@ -338,6 +354,9 @@ def is_tensor(node: fx.Node) -> bool:
         return isinstance(node.meta["example_value"], torch.Tensor)
     if node.op == "call_module":
         return True
+    if node.op == "get_attr":
+        module = node.graph.owning_module
+        return module is not None and isinstance(attribute(module, str(node.target)), torch.Tensor)
     if node.op == "placeholder":  # the input of a layer
         return any(user.op == "call_module" and user.args[:1] == (node,) for user in node.users)
     if node.op == "call_method":

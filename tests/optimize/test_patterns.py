@@ -243,3 +243,46 @@ def test_large_kernel():
     fast = check(Pair().eval(), torch.randn(2, 16, 13, 17))
     assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) == 4
     assert sum(len(n.args) == 2 for n in fast.graph.nodes if n.op == "call_module") == 1
+
+
+class Stored(nn.Module):
+    """Adds a map of its own to a result."""
+
+    def __init__(self, shape, parameter=False):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 1)
+        stored = torch.randn(shape)
+        if parameter:
+            self.stored = nn.Parameter(stored)
+        else:
+            self.register_buffer("stored", stored)
+
+    def forward(self, x):
+        return torch.relu(self.stored + self.conv(x))
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 9, 11), (1, 16, 9, 11), (16, 9, 11), (1, 16, 1, 1), ()])
+def test_stored_summand(shape, parameter):
+    """It is added by the convolution, laid out once."""
+    model = Stored(shape, parameter).eval()
+    fast = check(model, torch.randn(2, 8, 9, 11))
+    assert "activation=relu" in fastseg.explain(fast)
+    images = [b for b in fast.buffers() if b.shape == (*shape[:2], 9, 11)]
+    assert len(shape) < 4 or shape[2:] == (1, 1) or images[-1].stride(1) == 1
+
+
+def test_sum_that_is_kept():
+    """The stored map changes at each call."""
+
+    class Adds(Stored):
+        def forward(self, x):
+            self.stored += self.conv(x)
+            return self.stored * 1
+
+    model = Adds((2, 16, 9, 11)).eval()
+    fast = fastseg.optimize(model)
+    x = torch.randn(2, 8, 9, 11)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
