@@ -2,9 +2,10 @@
 
 ``python -m fastseg.bench.worker WORK PEER DTYPE THREADS OUTPUT`` writes the result to OUTPUT
 (.npy) and prints one JSON line: {"ready": true}, or {"absent": reason} or {"failed": reason} and
-ends. Each line of input gives it a turn: it calls once to warm the caches that others had, then
-three times or for 20 ms, and prints {"seconds": [time of each call]}. At the end of the input
-comes {"rss": peak resident bytes}. What libraries print goes to standard error.
+ends. Each line of input gives it a turn: it waits until the threads of others sleep, calls once to
+warm the caches that they had, then three times or for 20 ms, and prints {"seconds": [time of each
+call]}. At the end of the input comes {"rss": peak resident bytes}. What libraries print goes to
+standard error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .peers import exact, peers_of
 from .works import find
 
 WARM_UP = 2
+REST = 0.06  # seconds; the threads of ONNX Runtime look for work for tens of milliseconds
 TURN_CALLS, TURN_SECONDS = 3, 0.02
 
 
@@ -59,6 +61,7 @@ def main() -> None:
     answer(ready=True)
     with torch.inference_mode():
         for _ in sys.stdin:
+            time.sleep(REST)
             call()
             times: list[float] = []
             while len(times) < TURN_CALLS or sum(times) < TURN_SECONDS:
