@@ -270,8 +270,10 @@ class Fusion:
         return None if self.written(chain[0].args, between) else self.laid_out(other)
 
     def laid_out(self, node: fx.Node) -> fx.Node:
-        """A stored map once in the engine's layout, instead of at each call."""
-        if node.op != "get_attr":
+        """A stored map once in the engine's layout, instead of at each call, if nobody else has it,
+        who might change it."""
+        others = [n for n in self.traced.graph.nodes if n.target == node.target and n is not node]
+        if node.op != "get_attr" or others or len(node.users) > 1:
             return node
         stored = attribute(self.traced, str(node.target))
         if stored.dim() != 4 or stored.is_contiguous(memory_format=torch.channels_last):
