@@ -318,7 +318,10 @@ def _choose_bfloat16(
     how far transforms may go: "strict" not to bfloat16, "maxima" to F(2, 3), the others to F(4, 3),
     along one axis F(3, 3) and of 1x1 kernels Strassen's algorithm. On Zen 4, 65x65, of oneDNN's
     speed, strict and default: 64 channels at 129x129 1.9 and 2.5, 128 2.0 and 2.7, 256 1.8 and 2.9,
-    512 1.9 and 3.2.
+    512 1.9 and 3.2. Strassen's algorithm, of the plain product's speed at 65x65 and 13x17: 256 ->
+    256 channels 0.91, 0.99; 512 -> 256 1.00, 0.98; 1024 -> 256 1.03, 0.98; 256 -> 1024 and a
+    residual 1.01, 1.03; 512 -> 2048 1.07, 1.06; 2048 -> 256 1.09, 1.06; 2048 -> 512 1.10, 1.09; at
+    8x8 all of them 0.74 to 0.94.
 
     With AMX a product costs a twelfth, which leaves little that a transform can save: float32 ones
     and F(5, 5) never pay, F(2, 3) would take 0.7 of the time of the direct convolution at 512
@@ -333,8 +336,10 @@ def _choose_bfloat16(
         wide = tile == 0 and in_channels > out_channels  # else no gain: 0.95 to 1.01
         return Algorithm(tile, strassen=choose_strassen(*shape) if wide else 0)
     if tile == 0 or (tile == LINE and amx):
-        halves = not amx and accuracy in ("default", "fast") and _halves_bfloat16(*shape)
-        return Algorithm(0, torch.bfloat16, int(halves))
+        Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
+        large = in_channels >= 512 and in_channels * out_channels >= 1024 * 256 and Ho * Wo >= 192
+        halves = large and not amx and accuracy in ("default", "fast")
+        return Algorithm(0, torch.bfloat16, choose_strassen(*shape) if halves else 0)
     rate = BF16_RATE["amx" if amx else "avx512_bf16"]
     rounded = ROUNDED["maxima" if amx and accuracy == "default" else accuracy]
     C, K = in_channels, out_channels
@@ -355,25 +360,6 @@ def _choose_bfloat16(
         if m in rounded:
             cost[m, torch.bfloat16] = products * (whole * K / rate + 12 * (whole + K))
     return Algorithm(*_cheapest(cost))
-
-
-def _halves_bfloat16(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> bool:
-    """Whether Strassen's algorithm is the faster one for bfloat16 products. Speed over the plain
-    product, Zen 4, at 65x65 and 13x17: 256 -> 256 channels 0.91, 0.99; 512 -> 256 1.00, 0.98; 1024
-    -> 256 1.03, 0.98; 256 -> 1024 and a residual 1.01, 1.03; 512 -> 2048 1.07, 1.06; 2048 -> 256
-    1.09, 1.06; 2048 -> 512 1.10, 1.09; at 8x8 all of them 0.8 to 0.9."""
-    Ho, Wo = output_size(size, kernel_size, stride, padding, dilation)
-    large = in_channels >= 512 and in_channels * out_channels >= 1024 * 256 and Ho * Wo >= 192
-    layer = (in_channels, out_channels, kernel_size, size, stride, padding, dilation)
-    return large and choose_strassen(*layer) == 1
 
 
 def winograd_products(output: Sequence[int], dilation: Sequence[int], tile: int) -> tuple[int, int]:
