@@ -122,9 +122,27 @@ struct Winograd {
 template <typename E>
 using LineScheme = std::conditional_t<std::is_same_v<E, float>, Winograd<5, 5>, Winograd<3, 3>>;
 
-// Two outputs between zero borders: where the dilation is at least half of the image, a sub-grid
-// has two pixels and everything around them is padding. With d0, d1 for those and taps g the
-// outputs are g1 d0 + g2 d1 and g0 d0 + g1 d1, a Toeplitz product of three multiplications, exact
+// Three outputs between zero borders: where the dilation is at least a third of the image, a
+// sub-grid has up to three pixels and everything around them is padding. Four multiplications
+// instead of the five of F(3, 3). With taps g, pixels d and outputs y, the sums and differences
+// p = d0 + d2, m = d2 - d0, e = g0 + g2, f = g2 - g0 give
+//   y0 + y2 = g1 p + e d1,   y2 - y0 = g1 m - f d1,   y1 = g1 d1 + (e p + f m) / 2.
+// The products (g1 +- e / a)(p +- a d1) / 2 add up to the first, those of (g1 +- f / b)(m -+ b d1)
+// to the second, and their differences times a / 2 and b / 2 to y1, if a^2 - b^2 = 2. With a = 2 b
+// the error is about the least there is. Of n > 3 pixels F(n, 3) has the fewest: with one product
+// less these would be eigenvalues of both shifts, each extended by a row and a column so that they
+// commute. Only the cyclic shifts do, whose eigenvalues are complex.
+struct BorderedThree {
+  static constexpr int kOut = 3, kIn = 3, kProducts = 4, kOffset = 1;
+  static constexpr double kB = 0.81649658092772603, kA = 2 * kB;  // sqrt(2 / 3)
+
+  static void weight_row(int row, double (&g)[3]) {
+    const double side = (row % 2 ? -1 : 1) / (row < 2 ? kA : kB);
+    g[0] = row < 2 ? side : -side, g[1] = 1, g[2] = side;
+  }
+};
+
+// Two of them, g1 d0 + g2 d1 and g0 d0 + g1 d1: a Toeplitz product of three multiplications, exact
 // in the coefficients.
 struct Bordered {
   static constexpr int kOut = 2, kIn = 2, kProducts = 3, kOffset = 1;
@@ -168,7 +186,7 @@ using WinogradPair = TilePair<Winograd<kOut, 3, Points>, Winograd<kOut - 1, 3, P
 
 // For sub-grids of up to two and up to three pixels between zero borders.
 using BorderedPair = TilePair<Bordered, Single, 0>;
-using BorderedTriple = TilePair<Winograd<3>, Bordered, Winograd<3>::kProducts>;
+using BorderedTriple = TilePair<BorderedThree, Bordered, BorderedThree::kProducts>;
 
 // The tiles along one axis of a dilated convolution of stride 1. Outputs of equal phase (position
 // modulo the dilation) form a dense grid, on which the convolution is not dilated at all; each

@@ -53,6 +53,23 @@ FASTSEG_INLINE void output_transform(Winograd<kOut, kTaps, P, kFirst>, const Vec
   y[kOut - 1] += m[W::kProducts - 1];
 }
 
+FASTSEG_INLINE void input_transform(BorderedThree, const Vec (&d)[3], Vec (&v)[4]) {
+  constexpr float kHalfA = BorderedThree::kA / 2, kHalfB = BorderedThree::kB / 2;
+  const Vec even = (d[2] + d[0]) * 0.5f, odd = (d[2] - d[0]) * 0.5f;
+  v[0] = even + d[1] * kHalfA;
+  v[1] = even - d[1] * kHalfA;
+  v[2] = odd - d[1] * kHalfB;
+  v[3] = odd + d[1] * kHalfB;
+}
+
+FASTSEG_INLINE void output_transform(BorderedThree, const Vec (&m)[4], Vec (&y)[3]) {
+  constexpr float kHalfA = BorderedThree::kA / 2, kHalfB = BorderedThree::kB / 2;
+  const Vec sum = (m[0] + m[1]) * 0.5f, difference = (m[2] + m[3]) * 0.5f;
+  y[0] = sum - difference;
+  y[1] = multiply_add((m[0] - m[1]) * kHalfA, m[2] - m[3], broadcast(kHalfB));
+  y[2] = sum + difference;
+}
+
 FASTSEG_INLINE void input_transform(Bordered, const Vec (&d)[2], Vec (&v)[3]) {
   v[0] = d[0] + d[1];
   v[1] = d[1];

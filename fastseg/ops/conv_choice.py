@@ -5,8 +5,8 @@ Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016) on the sub-grids of equal phase
 convolution, on which it is not dilated: every dilation costs the same. A sub-grid is cut into tiles
 of m and m - 1 outputs, so that none reaches beyond it: the shorter ones are F(m, 3) without one of
 its points. Where the dilation is half of the image or more, a sub-grid of two by two pixels between
-zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three pixels take
-F(3, 3) and two the same 3 x 3. Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
+zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three by three
+pixels take 4 x 4 (csrc/conv_engine/winograd.h). Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
 groups of five taps; multiplied in bfloat16, F(3, 3) in groups of three. Groups of few channels, of
 which depthwise convolutions have one, and 3-wide kernels over images of one or three channels have
 kernels of their own; wider groups are convolved one by one. Products of many channels take
@@ -21,8 +21,7 @@ algorithm           error    interpolation points
 ==================  =======  ===================================================
 GEMM                1e-6
 GEMM, Strassen      2e-6
-bordered, to 2      1e-6     0, +-1 and their like: exact coefficients
-bordered, to 3      5e-6     +-1/2, +-5/4, infinity
+bordered            1e-6
 F(2, 3)             1e-6     0, +-1, infinity
 F(4, 3)             4e-6     0, +-3/4, +-3/2, infinity
 F(6, 3)             1e-5     0, +-1/2, +-1, +-2, infinity
@@ -47,8 +46,7 @@ algorithm            products  error
 all                  float32   4e-3
 GEMM, grouped        bfloat16  4e-3
 GEMM, Strassen       bfloat16  1.1e-2
-bordered, to 2       bfloat16  1e-2
-bordered, to 3       bfloat16  1.5e-2
+bordered             bfloat16  1e-2
 F(2, 3)              bfloat16  8e-3
 F(4, 3)              bfloat16  2.5e-2, points 0, +-sqrt(1/2), +-sqrt(2), infinity
 F(3, 3), one axis    bfloat16  1e-2
@@ -96,8 +94,8 @@ from ._conv_options import output_size, round_up
 
 # Along one axis: outputs and multiplications of a long tile, multiplications of a short one (with
 # one output less), and transformed weights of both. 1 and 3 are the bordered tiles.
-TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 5, 3, 8), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
-STRICT = (1, 2)  # those that round no more than torch's own convolution
+TILES = {1: (2, 3, 1, 3), 2: (2, 4, 3, 4), 3: (3, 4, 3, 7), 4: (4, 6, 5, 6), 6: (6, 8, 7, 8)}
+STRICT = (1, 2, 3)  # those that round no more than torch's own convolution
 # Where a network puts values back to the places of maxima, which an error may move: F(6, 3) did so
 # in half of SegNet's images, torch's convolution in a quarter, F(4, 3) in a tenth.
 MAXIMA = (1, 2, 3, 4)
@@ -107,7 +105,7 @@ GROUPED = 7  # groups of few channels side by side, depthwise convolutions among
 # The tiles whose products are in bfloat16 where those are fast.
 ROUNDED = {
     "strict": (),
-    "maxima": (1, 2),
+    "maxima": (1, 2, 3),
     "default": (1, 2, 3, 4, LINE),
     "fast": (1, 2, 3, 4, LINE),
 }

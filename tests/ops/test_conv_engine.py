@@ -9,7 +9,7 @@ from fastseg.ops.conv_engine import conv_engine, conv_engine_reference, pack_con
 from tests.conftest import assert_as_accurate
 
 # Largest error over largest output that the accuracy policy allows, unit-variance data.
-ALLOWED = {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 5e-6, 4: 4e-6, 5: 5e-6, 6: 1e-5, 7: 2e-6}
+ALLOWED = {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 1e-6, 4: 4e-6, 5: 5e-6, 6: 1e-5, 7: 2e-6}
 
 
 def relative_error(y, exact):
@@ -197,11 +197,15 @@ def check_tile(shape, tile):
     assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[tile]
 
 
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_strict_is_as_accurate_as_torch(kernel, cpu_isa):
-    options = {"padding": (kernel[0] // 2,) * 2, "activation": "none"}
-    x, weight, bias, residual = case(1, 96, 24, 23, 64, kernel, **options)
-    conv = pack_conv(weight, bias, **options, tile=2 if kernel == (3, 3) else 0)
+@pytest.mark.parametrize("kernel, dilation", [(1, 1), (3, 1), (3, 8)])
+def test_strict_is_as_accurate_as_torch(kernel, dilation, cpu_isa):
+    padding = (kernel // 2 * dilation,) * 2
+    options = {"padding": padding, "dilation": (dilation,) * 2}
+    tile = choose_tile(96, 64, (kernel,) * 2, (24, 23), **options, accuracy="strict")
+    assert tile == {(1, 1): 0, (3, 1): 2, (3, 8): 3}[kernel, dilation]
+    options["activation"] = "none"
+    x, weight, bias, residual = case(1, 96, 24, 23, 64, (kernel,) * 2, **options)
+    conv = pack_conv(weight, bias, **options, tile=tile)
     plain = conv_engine_reference(x, weight, bias, residual, **options)
     exact = exact_result(x, weight, bias, residual, **options)
     assert_as_accurate(conv_engine(x, conv, residual), plain, exact, factor=1.0)
@@ -293,7 +297,7 @@ def test_choice():
     assert choice(2048, 256, padding=(6, 6), dilation=(6, 6)) == 6
     assert choice(512, 256, padding=(6, 6), dilation=(6, 6)) == 6
     assert choice(512, 512, padding=(1, 1), size=(28, 28)) == 4  # weights count as well
-    assert choice(2048, 256, padding=(12, 12), dilation=(12, 12), size=(33, 33)) == 4
+    assert choice(2048, 256, padding=(12, 12), dilation=(12, 12), size=(33, 33)) == 3
     # Sub-grids smaller than a tile of four, which would be mostly waste.
     assert choice(2048, 256, padding=(36, 36), dilation=(36, 36)) == 1
     assert choice(2048, 256, padding=(24, 24), dilation=(24, 24)) == 3
