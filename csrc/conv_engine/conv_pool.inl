@@ -25,9 +25,11 @@ FASTSEG_INLINE Vec unpool(const T* values, const uint8_t* codes, uint32_t tap) {
 // keeps the compiler from working out the addresses of all pixels and keeping them on the stack.
 template <typename T>
 struct Window {
+  static constexpr int kStep = 1;  // pixels that share a value
   const T* values;
   int64_t row, pixel;  // strides
 
+  const T* values_of(int i, int j) const { return values + i * row + j * pixel; }
   template <int kHeight>
   FASTSEG_MEMBER_INLINE void column(int j, int64_t c, Vec (&d)[kHeight]) const {
     const T* from = values + j * pixel + c;
@@ -39,11 +41,13 @@ struct Window {
 
 template <typename T>
 struct UnpooledWindow {
+  static constexpr int kStep = 2;
   const T* values;  // the pooled pixel that the tile begins in
   const uint8_t* codes;
   int64_t row, pixel, code_row, code_pixel;  // strides
   int64_t odd_y, odd_x;                      // 1 where it begins in the second half of that
 
+  const T* values_of(int i, int j) const { return values + i / 2 * row + j / 2 * pixel; }
   template <int kHeight>
   FASTSEG_MEMBER_INLINE void column(int j, int64_t c, Vec (&d)[kHeight]) const {
     const int64_t across = (j + odd_x) / 2;
@@ -126,8 +130,10 @@ struct UnpooledPixel {
 // The pixels of any tile, each at an address of its own.
 template <class Pixel, int kHeight, int kWidth>
 struct Pixels {
+  static constexpr int kStep = 1;
   Pixel at[kHeight][kWidth];
 
+  auto values_of(int i, int j) const { return at[i][j].values; }
   FASTSEG_MEMBER_INLINE void column(int j, int64_t c, Vec (&d)[kHeight]) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kHeight; ++i) d[i] = at[i][j].vector(c);

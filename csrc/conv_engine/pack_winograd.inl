@@ -9,9 +9,9 @@ static void pack_winograd_panel(const Weights& weights, const WeightTransform& t
   const auto& g = transform.row;
   const int64_t K = weights.K, C = weights.C;
   const int64_t panels = ceil_div(K, kPanel), columns = K - panel * kPanel;
-  const int64_t piece = first / kWinogradPiece * kWinogradPiece;
-  const int64_t rest = round_up(C, kLine<E>) - piece;
-  const int64_t depth = rest < kWinogradPiece ? rest : kWinogradPiece;
+  const int64_t channels = round_up(C, kLine<E>), most = winograd_piece<E>(channels);
+  const int64_t piece = first / most * most;
+  const int64_t depth = channels - piece < most ? channels - piece : most;
   packed += (piece * products * products * panels + panel * depth) * kPanel;
   for (int64_t c = first; c < first + kLine<E>; ++c) {
     double w[9][kPanel] = {}, half[WeightTransform::kMost][3][kPanel];

@@ -4,7 +4,7 @@
 //   V (transformed input) of a piece of C, point and block: [C / kLine][rows][kLine]
 //   packed weight: [piece][point][panel][C / kPerWord, of whole lines][kPanel][kPerWord]
 //   M (products) of a point: [tile][output channel]
-// Of up to kWinogradPiece channels M of a point takes the place of V of the point before, whose
+// Of a single piece of channels M of a point takes the place of V of the point before, whose
 // lines are still near: that is half of the memory. Points of V and M, and tiles of M, lie a cache
 // line further apart than they need to, so that they do not fall on the same cache sets.
 
@@ -47,8 +47,8 @@ struct WinogradKernel {
     Run* parts = reinterpret_cast<Run*>(scratch + places.end + C);
     Run* runs = parts + most_parts(task.tiles());
     const int64_t count = cut(grid, begin, task.end, parts);
-    for (int64_t c = 0; c < C; c += kWinogradPiece) {
-      const int64_t depth = C - c < kWinogradPiece ? C - c : kWinogradPiece;
+    for (int64_t c = 0, depth; c < C; c += depth) {
+      depth = C - c < winograd_piece<E>(C) ? C - c : winograd_piece<E>(C);
       for (int64_t i = 0; i < count; ++i) {
         with_tiles(parts[i].shape, [&](auto y, auto x) {
           const auto transform = conv.x_codes.data
@@ -105,6 +105,7 @@ struct WinogradKernel {
   static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
   static constexpr PointShapes<Pair> kShapes{};
   static constexpr bool kInRegisters = FASTSEG_ISA_LEVEL >= 1 && Pair::Long::kIn <= 4;
+  static constexpr int64_t kFar = 1 << 20;  // bytes of products that are not in L2 any more
 
   // Tiles of one block that follow each other.
   struct Run {
@@ -173,10 +174,10 @@ struct WinogradKernel {
     int64_t v, m, end, v_point, m_point;
 
     Places(const Conv& conv, const WinogradTask& task) {
-      const int64_t C = conv.channels();
-      v_point = task.tiles() * (C < kWinogradPiece ? C : kWinogradPiece) / kPerWord<E> + kGroup;
+      const int64_t C = conv.channels(), piece = winograd_piece<E>(C);
+      v_point = task.tiles() * piece / kPerWord<E> + kGroup;
       m_point = task.tiles() * task.row_size() + kGroup;
-      if (C <= kWinogradPiece) {
+      if (piece == C) {
         v = v_point = m_point = v_point > m_point ? v_point : m_point;
         m = 0;
         end = (kPoints + 1) * v_point;
@@ -283,6 +284,10 @@ struct WinogradKernel {
   static void transform_group(Y tile_y, X tile_x, const Source& src, int64_t c, E* dst,
                               int64_t point_stride) {
     constexpr int kCount = kTogether<E>;
+    // The next line: rows of pixels are more than the hardware follows, 1 to 4 %.
+    for (int i = 0; i < Y::kIn; i += Source::kStep) {
+      for (int j = 0; j < X::kIn; j += Source::kStep) fetch_line(src.values_of(i, j) + c + kLine<E>);
+    }
     for (int64_t l = 0; l < kLine<E>; l += kCount * kLanes) {
       Vec columns[kCount][Y::kProducts][X::kIn];
 #pragma GCC unroll 2
@@ -334,6 +339,7 @@ struct WinogradKernel {
     const int64_t r_pixel = conv.dilation_w * conv.residual.pixel;
     const int64_t first = task.first_panel * kPanel, row_size = task.row_size();
     const int64_t stop = task.last_panel * kPanel < conv.K ? task.last_panel * kPanel : conv.K;
+    const bool far = kPoints * point_stride * int64_t{sizeof(float)} > kFar;
     Corner corner(grid, part);
     for (int64_t r = 0; r < part.rows; ++r, m += row_size, corner.next()) {
       const bool inside = corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
@@ -356,6 +362,10 @@ struct WinogradKernel {
             Vec bias[kCount];
 #pragma GCC unroll 2
             for (int h = 0; h < kCount; ++h) bias[h] = load(conv.bias + k + l + h * kLanes);
+            for (int i = 0; far && i < Y::kProducts; ++i) {
+              const float* next = products + l + kCount * kLanes + i * kProducts * point_stride;
+              for (int j = 0; j < X::kProducts; ++j) fetch_line(next + j * point_stride);
+            }
             T* y = y0 + k + l;
             const T* residual = residual0 ? residual0 + k + l : nullptr;
             inverse_transform<kCount>(
