@@ -53,17 +53,19 @@ struct Image {
 
 // T: how images are stored. E: what is multiplied, that is packed weights and transformed input;
 // sums are float32. Images in bfloat16 work with both, float32 images with float32 alone.
-template <typename T, typename E>
+// Y: how the result is stored, of bfloat16 products also as float32.
+template <typename T, typename E, typename Y = T>
 struct Convolution {
   using Source = T;  // what x is stored as
   using Storage = T;
   using Operand = E;
+  using Result = Y;
   int64_t N, C, H, W;  // input
   int64_t K, Ho, Wo;   // output
   int64_t R, S;        // kernel
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Image<const T> x;
-  Image<T> y;
+  Image<Y> y;
   Image<const T> residual;  // data == nullptr: none
   const E* weight;          // packed, see the kernel in question
   const float* bias;        // K rounded up to kPanel
@@ -129,11 +131,14 @@ struct GemmForm {
   bool panels_first;     // the outer loop; else the blocks
 };
 
+// Of bfloat16 images whose result is the last of a network and wanted in float32.
+using WidenedConvolution = Convolution<BFloat16, BFloat16, float>;
+
 // Where an output pixel lies, and its residual or null.
-template <typename T>
+template <class Conv>
 struct PixelAddress {
-  T* y;
-  const T* residual;
+  typename Conv::Result* y;
+  const typename Conv::Storage* residual;
 };
 
 // Part i of n nearly equal parts of [0, total) begins here.

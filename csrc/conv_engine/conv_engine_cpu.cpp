@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "common/check.h"
 #include "common/counters.h"
@@ -101,6 +102,9 @@ void set_poolings(Conv& conv, const Tensor& x, int64_t outputs, const Poolings& 
   }
 }
 
+template <class Conv>
+constexpr bool is_widened = !std::is_same_v<typename Conv::Storage, typename Conv::Result>;
+
 // A convolution of one group.
 template <class Conv>
 void run_one(const Conv& conv, int64_t tile) {
@@ -111,7 +115,7 @@ void run_one(const Conv& conv, int64_t tile) {
     run_gemm(conv);
   } else if (tile == kLineTile) {
     FASTSEG_COUNT("conv_engine.winograd_1d");
-    run_winograd_1d(conv);
+    if constexpr (!is_widened<Conv>) run_winograd_1d(conv);
   } else {
     FASTSEG_COUNT("conv_engine.winograd");
     run_winograd(conv, tile);
@@ -207,7 +211,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   if (scale) set_scale(conv, *scale, o);
   FASTSEG_CHECK(out || conv.pooled.data || conv.pixels() == 0, "conv_engine: nothing to write to");
   if (out) {
-    conv.y = output_image<T>(*out, "out");
+    conv.y = output_image<typename Conv::Result>(*out, "out");
     FASTSEG_CHECK(out->size(0) == conv.N && out->size(1) == out_channels &&
                       out->size(2) == conv.Ho && out->size(3) == conv.Wo,
                   "conv_engine: out does not have the size of this convolution's output");
@@ -218,6 +222,10 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
                       residual->size(2) == conv.Ho && residual->size(3) == conv.Wo,
                   "conv_engine: residual must have the shape of the output");
   }
+  FASTSEG_CHECK(!is_widened<Conv> || (o.groups == 1 && o.tile != kLineTile && !poolings.pooled),
+                "conv_engine: a float32 result of a bfloat16 image needs one group, another tile "
+                "than 5 and no pooling, got ",
+                o.groups, " groups and tile ", o.tile);
   check_tile<E>(o.tile, conv.K, conv.C + conv.C2, o.R, o.S, o.strassen);
   FASTSEG_CHECK(!o.strassen || (o.pad_h == 0 && o.pad_w == 0),
                 "conv_engine: strassen needs padding 0, got ", o.pad_h, " and ", o.pad_w);
@@ -248,7 +256,8 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.residual_last = o.residual_last && residual;
   conv.strassen = o.strassen;
   // A residual that is overwritten has just been read.
-  const bool in_place = residual && conv.residual.data == conv.y.data;
+  const bool in_place =
+      residual && static_cast<const void*>(conv.residual.data) == conv.y.data;
   const bool side_by_side = o.groups == 1 || o.tile == kGroupedTile;  // all channels at a time
   conv.stream = out && !in_place && (side_by_side || conv.K % kLine<T> == 0) &&
                 is_streamed(out->numel(), conv.y);
@@ -256,7 +265,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
     FASTSEG_COUNT("conv_engine.grouped");
     if constexpr (std::is_same_v<E, float>) {
       conv.C == 1 && conv.K == 1 ? run_depthwise(conv) : run_grouped(conv);
-    } else {
+    } else if constexpr (!is_widened<Conv>) {
       run_grouped(conv);
     }
   } else if (o.groups == 1) {
@@ -286,7 +295,9 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
     run_as<Convolution<float, float>>(x, packed, residual, out, K, o, scale, p, s);
   } else if (dots) {
     FASTSEG_COUNT("conv_engine.bf16_products");
-    run_as<Convolution<BFloat16, BFloat16>>(x, packed, residual, out, K, o, scale, p, s);
+    const bool widened = out && out->scalar_type() == ScalarType::Float;
+    const auto run = widened ? run_as<WidenedConvolution> : run_as<Convolution<BFloat16, BFloat16>>;
+    run(x, packed, residual, out, K, o, scale, p, s);
   } else {
     run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, scale, p, s);
   }
@@ -298,11 +309,13 @@ Tensor conv_engine_cpu(const Tensor& x, const Tensor& packed, const std::optiona
                        int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                        int64_t dilation_w, int64_t tile, int64_t activation, double slope,
                        bool residual_last, int64_t strassen, int64_t groups,
-                       const std::optional<Tensor>& scale) {
+                       const std::optional<Tensor>& scale, bool widen) {
   FASTSEG_CHECK(x.dim() == 4, "conv_engine: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   const int64_t Ho = output_size(x.size(2), R, stride_h, pad_h, dilation_h);
   const int64_t Wo = output_size(x.size(3), S, stride_w, pad_w, dilation_w);
-  const Tensor nhwc = pooled_empty(x, {x.size(0), Ho, Wo, out_channels});
+  const std::vector<int64_t> sizes{x.size(0), Ho, Wo, out_channels};
+  const Tensor nhwc =
+      widen ? pooled_empty(x, sizes, ScalarType::Float, sizeof(float)) : pooled_empty(x, sizes);
   const Tensor out = torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
   run(x, packed, residual, out, out_channels,
       {R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, tile, activation, slope,
@@ -359,7 +372,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseg, m) {
       "conv_engine(Tensor x, Tensor packed, Tensor? residual, int out_channels, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
       "int tile, int activation, float slope, bool residual_last=False, int strassen=0, int "
-      "groups=1, Tensor? scale=None) -> Tensor");
+      "groups=1, Tensor? scale=None, bool widen=False) -> Tensor");
   m.def(
       "conv_engine_out(Tensor x, Tensor packed, Tensor? residual, Tensor(a!) out, int R, int S, "
       "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "

@@ -161,7 +161,7 @@ FASTSEG_INLINE Vec finish(const Conv& conv, Vec sums, Vec bias, Vec residual) {
 
 // One vector of output, or those that are stored at once.
 template <class Conv, class V>
-FASTSEG_INLINE void store_output(const Conv& conv, const V& v, typename Conv::Storage* y) {
+FASTSEG_INLINE void store_output(const Conv& conv, const V& v, typename Conv::Result* y) {
   if (conv.stream) {
     store_stream(y, v);
   } else {
@@ -172,7 +172,7 @@ FASTSEG_INLINE void store_output(const Conv& conv, const V& v, typename Conv::St
 // Output channels [k, k + columns) of one pixel from sums[0..columns).
 template <class Conv, class Activate>
 FASTSEG_INLINE void finish_pixel_as(const Conv& conv, int64_t k, int64_t columns, const float* sums,
-                                    typename Conv::Storage* y,
+                                    typename Conv::Result* y,
                                     const typename Conv::Storage* residual,
                                     const Activate& activate) {
   int64_t i = 0;
@@ -189,7 +189,7 @@ FASTSEG_INLINE void finish_pixel_as(const Conv& conv, int64_t k, int64_t columns
 }
 template <class Conv>
 static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, const float* sums,
-                                typename Conv::Storage* y, const typename Conv::Storage* residual) {
+                                typename Conv::Result* y, const typename Conv::Storage* residual) {
   finish_pixel_as(conv, k, columns, sums, y, residual, [&](Vec v) __attribute__((always_inline)) {
     return activate(v, conv.activation, conv.slope);
   });
@@ -199,7 +199,7 @@ static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, co
 template <class Conv>
 __attribute__((noinline)) static void finish_tile(
     const Conv& conv, int64_t k, int64_t columns, const float* sums, int64_t rows,
-    const PixelAddress<typename Conv::Storage>* pixels) {
+    const PixelAddress<Conv>* pixels) {
   dispatch_activation(conv.activation, [&](auto kind) __attribute__((always_inline)) {
     for (int64_t r = 0; r < rows; ++r) {
       finish_pixel_as(

@@ -22,7 +22,7 @@ bool has_few_channels(const Conv& conv) {
          conv.x.pixel == conv.C && conv.Wo >= kMaxRows && !conv.residual.data;
 }
 
-// Instantiated for the three kinds of Convolution.
+// Instantiated for all kinds of Convolution.
 template <class Conv>
 void run_few_channels(const Conv& conv);
 

@@ -49,7 +49,7 @@ struct FewChannelsKernel {
             ends[1][2 * p] = last[2 * row];
           }
         }
-        T* y = conv.y.at(n, oy, ox);
+        auto* y = conv.y.at(n, oy, ox);
         for (int64_t k = 0; k < conv.K; k += 2 * kLanes) {
           const E* weight = conv.weight + k / kPanel * kPanel * conv.depth() + r0 * kRun * kPanel +
                             k % kPanel * kPerWord<E>;
@@ -87,7 +87,8 @@ struct FewChannelsKernel {
   // kRows pixels, V vectors of output channels from k on.
   template <int V>
   static void tile(const Conv& conv, const E* x, int64_t row, int64_t rows,
-                   const E (&ends)[2][2 * kRows], const E* weight, int64_t k, T* y) {
+                   const E (&ends)[2][2 * kRows], const E* weight, int64_t k,
+                   typename Conv::Result* y) {
     const int64_t columns = conv.K - k < V * kLanes ? conv.K - k : V * kLanes;
     const bool direct = is_short(conv.activation);
     Vec acc[kRows][V];

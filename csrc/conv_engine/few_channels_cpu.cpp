@@ -56,6 +56,7 @@ void run_few_channels(const Conv& conv) {
 template void run_few_channels(const Convolution<float, float>&);
 template void run_few_channels(const Convolution<BFloat16, float>&);
 template void run_few_channels(const Convolution<BFloat16, BFloat16>&);
+template void run_few_channels(const WidenedConvolution&);
 
 }  // namespace conv_engine
 }  // namespace fastseg

@@ -264,6 +264,7 @@ void run_gemms(const std::vector<Conv>& convs) {
 template void run_gemm(const Convolution<float, float>&);
 template void run_gemm(const Convolution<BFloat16, float>&);
 template void run_gemm(const Convolution<BFloat16, BFloat16>&);
+template void run_gemm(const WidenedConvolution&);
 template void run_gemms(const std::vector<Convolution<float, float>>&);
 template void run_gemms(const std::vector<Convolution<BFloat16, float>>&);
 template void run_gemms(const std::vector<Convolution<BFloat16, BFloat16>>&);

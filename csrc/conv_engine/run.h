@@ -35,7 +35,7 @@
 namespace fastseg {
 namespace conv_engine {
 
-// Instantiated for the three kinds of Convolution.
+// Instantiated for all kinds of Convolution.
 template <class Conv>
 void run_gemm(const Conv& conv);
 // Matrix products of one image whose results none of them reads, each as run_gemm does it.
@@ -47,6 +47,7 @@ void run_winograd(const Conv& conv, int64_t tile);
 // products.
 template <class Conv>
 void run_winograd_in_place(const Conv& conv, int64_t tile);
+// For those whose result is stored as x is, as matrix products of several at once are.
 template <class Conv>
 void run_winograd_1d(const Conv& conv);
 

@@ -13,7 +13,7 @@ struct StrassenKernel {
     int64_t rows[2];
     const T *x[2 * kRows], *x2[2 * kRows];
     Patch<E> operands[kStrassenProducts], summands[kStrassenProducts];
-    PixelAddress<T> pixels[2][kRows];
+    PixelAddress<Conv> pixels[2][kRows];
     StrassenSums sums;
   };
 
@@ -104,7 +104,7 @@ struct StrassenKernel {
     int64_t line = first / conv.Wo, ox = first % conv.Wo;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = line / conv.Ho, oy = line % conv.Ho;
-      PixelAddress<T>& to = pair.pixels[r >= pair.rows[0]][r % pair.rows[0]];
+      PixelAddress<Conv>& to = pair.pixels[r >= pair.rows[0]][r % pair.rows[0]];
       to.y = conv.y.at(n, oy, ox);
       to.residual = conv.residual.data ? conv.residual.at(n, oy, ox) : nullptr;
       pair.x[r] = conv.x.at(n, oy * conv.stride_h, ox * conv.stride_w);
@@ -180,7 +180,7 @@ struct StrassenKernel {
     const auto multiply = [&](auto tile) {
       patch_tile(rows, kPanel, pair.operands[product], b, ahead, tile);
     };
-    const PixelAddress<T>* pixels = pair.pixels[lower];
+    const PixelAddress<Conv>* pixels = pair.pixels[lower];
     if (is_short(conv.activation)) {
       const OutputPixels<Conv> out(conv, k, pixels);
       return strassen_product(product, pair.sums, out, multiply);

@@ -10,6 +10,8 @@ constexpr int64_t kWideTerms = 512;  // words of the longest reduction
 template <class Conv>
 struct WideKernel {
   using T = typename Conv::Storage;
+  using Y = typename Conv::Result;
+  using Tile = WideTile<T, Y>;
 
   static bool fits(const Conv& conv) {
     return conv.pixels() >= kWideBlock && reads_flat(conv) && writes_flat(conv) &&
@@ -22,8 +24,8 @@ struct WideKernel {
   static void run(const Conv& conv, int64_t begin, int64_t end, int64_t pair_begin,
                   int64_t pair_end) {
     const int64_t last = std::min(end * kWideRows, conv.pixels()), panel = conv.depth() * kPanel;
-    const bool in_place = conv.residual.data == conv.y.data;
-    WideTile<T> tile{};
+    const bool in_place = static_cast<const void*>(conv.residual.data) == conv.y.data;
+    Tile tile{};
     tile.runs[0] = {nullptr, conv.flat_stride(), conv.C};
     tile.runs[1] = {nullptr, conv.x2.pixel, conv.C2};
     tile.residual = {nullptr, flat_pixel(conv, conv.residual), kPanel};
@@ -73,8 +75,9 @@ struct WideKernel {
 
  private:
   // A tile of fewer rows, by way of copies.
-  __attribute__((noinline)) static void multiply_part(WideTile<T> tile, int64_t rows) {
-    alignas(64) T operands[kWideRows * kWideTerms * kPerWord<T>] = {}, sums[kWideSums] = {};
+  __attribute__((noinline)) static void multiply_part(Tile tile, int64_t rows) {
+    alignas(64) T operands[kWideRows * kWideTerms * kPerWord<T>] = {}, added[kWideSums] = {};
+    alignas(64) Y sums[kWideSums];
     T* to = operands;
     for (WideRun<T>& run : tile.runs) {
       for (int64_t r = 0; r < rows && run.length > 0; ++r) {
@@ -84,12 +87,13 @@ struct WideKernel {
       to += kWideRows * run.length;
     }
     for (int64_t r = 0; r < rows && tile.residual.data; ++r) {
-      copy_run(tile.residual.at(r, 0), sums + r * kWideColumns, kWideColumns);
+      copy_run(tile.residual.at(r, 0), added + r * kWideColumns, kWideColumns);
     }
-    const WideRows<T> y = tile.y;
+    const WideRows<Y> y = tile.y;
     tile.y = {sums, kWideColumns, kPanel};
-    if (tile.residual.data) tile.residual = {sums, kWideColumns, kPanel};
-    tile.next_residual.data = tile.next_y.data = nullptr;
+    if (tile.residual.data) tile.residual = {added, kWideColumns, kPanel};
+    tile.next_residual.data = nullptr;
+    tile.next_y.data = nullptr;
     tile.lines = 0;
     wide_tile(tile);
     for (int64_t r = 0; r < rows; ++r) copy_run(sums + r * kWideColumns, y.at(r, 0), kWideColumns);

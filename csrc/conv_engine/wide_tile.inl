@@ -32,8 +32,8 @@ struct WideRows {
   }
 };
 
-// T: of images and operands.
-template <class T>
+// T: of images and operands. Y: of the result.
+template <class T, class Y = T>
 struct WideTile {
   WideRun<T> runs[2];     // one behind the other; the second may have length 0
   const T *left, *right;  // packed panels
@@ -45,10 +45,11 @@ struct WideTile {
   float sign;
   const float* bias;
   WideRows<const T> residual;
-  WideRows<T> y;
+  WideRows<Y> y;
   float low, high;
   // What is fetched meanwhile: rows of the next tile, and every few steps `lines` of either place.
-  WideRows<const T> next_residual, next_y;
+  WideRows<const T> next_residual;
+  WideRows<const Y> next_y;
   const T* ahead[2];
   int64_t lines;
 };
@@ -63,8 +64,8 @@ FASTSEG_INLINE void fetch_row(WideRows<const T>& rows) {
 }
 
 // One function for all that becomes of the sums: it is inlined nowhere, as its loop would be.
-template <class T>
-__attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
+template <class T, class Y>
+__attribute__((noinline)) static void wide_tile(const WideTile<T, Y>& tile) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   const auto each = [](auto&& fn) __attribute__((always_inline)) {
 #pragma GCC unroll 6
@@ -98,7 +99,8 @@ __attribute__((noinline)) static void wide_tile(const WideTile<T>& tile) {
 
   const T *left = tile.left, *right = tile.right;
   const T *ahead = tile.ahead[0], *ahead_too = tile.ahead[1];
-  WideRows<const T> residual = tile.next_residual, y = tile.next_y;
+  WideRows<const T> residual = tile.next_residual;
+  WideRows<const Y> y = tile.next_y;
   int rows_left = kWideRows;
   for (const WideRun<T>& run : tile.runs) {
     int64_t row = run.row;
@@ -178,8 +180,8 @@ bool ends_wide(const Conv& conv) {
   return is_short(conv.activation) && conv.activation != Activation::kLeakyRelu &&
          !(conv.residual.data && conv.residual_last);
 }
-template <class T, class Conv>
-void set_bounds(WideTile<T>& tile, const Conv& conv) {
+template <class Tile, class Conv>
+void set_bounds(Tile& tile, const Conv& conv) {
   tile.low = conv.activation == Activation::kNone ? -__builtin_inff() : 0.0f;
   tile.high = conv.activation == Activation::kRelu6 ? 6.0f : __builtin_inff();
 }

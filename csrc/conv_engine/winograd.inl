@@ -25,6 +25,7 @@ template <class Pair, class Conv>
 struct WinogradKernel {
   using T = typename Conv::Storage;
   using E = typename Conv::Operand;
+  using Result = typename Conv::Result;
 
   // A task from input to output: no other thread waits for it. The points come one after the other,
   // so that V and M, which may be larger than L2, pass through it once, and a point's V and weights
@@ -105,6 +106,7 @@ struct WinogradKernel {
   static constexpr int kProducts = Pair::kProducts, kPoints = kProducts * kProducts;
   static constexpr PointShapes<Pair> kShapes{};
   static constexpr bool kInRegisters = FASTSEG_ISA_LEVEL >= 1 && Pair::Long::kIn <= 4;
+  static constexpr bool kPools = std::is_same_v<Result, T>;
   static constexpr int64_t kFar = 1 << 20;  // bytes of products that are not in L2 any more
 
   // Tiles of one block that follow each other.
@@ -320,6 +322,7 @@ struct WinogradKernel {
   // Copies: a store to the image could change the originals, for all that the compiler knows.
   struct Epilogue {
     using Storage = T;
+    using Result = typename Conv::Result;
     Activation activation;
     float slope;
     bool residual_last, stream;
@@ -332,7 +335,8 @@ struct WinogradKernel {
                                int64_t point_stride) {
     m += first_point(part) * point_stride;
     // Halves of a line of bfloat16 that a whole tile comes between are not written past the caches.
-    const bool whole = sizeof(T) == sizeof(float) || (kTogether<T> == 2 && !conv.pooled.data);
+    const bool whole =
+        sizeof(Result) == sizeof(float) || (kTogether<Result> == 2 && !conv.pooled.data);
     const Epilogue epilogue{conv.activation, conv.slope, conv.residual_last, conv.stream && whole};
     const int64_t y_row = conv.dilation_h * conv.y.row, y_pixel = conv.dilation_w * conv.y.pixel;
     const int64_t r_row = conv.dilation_h * conv.residual.row;
@@ -344,7 +348,7 @@ struct WinogradKernel {
     for (int64_t r = 0; r < part.rows; ++r, m += row_size, corner.next()) {
       const bool inside = corner.y + (Y::kOut - 1) * conv.dilation_h < conv.Ho &&
                           corner.x + (X::kOut - 1) * conv.dilation_w < conv.Wo;
-      T* y0 = inside && conv.y.data ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
+      Result* y0 = inside && conv.y.data ? conv.y.at(corner.n, corner.y, corner.x) : nullptr;
       const T* residual0 =
           inside && conv.residual.data ? conv.residual.at(corner.n, corner.y, corner.x) : nullptr;
       for (int64_t k = first; k < stop; k += kPanel) {
@@ -356,7 +360,7 @@ struct WinogradKernel {
           }
           continue;
         }
-        constexpr int kCount = kTogether<T>;
+        constexpr int kCount = kTogether<Result>;
         if (inside && !conv.pooled.data && columns(conv, k) % (kCount * kLanes) == 0) {
           for (int64_t l = 0; l < columns(conv, k); l += kCount * kLanes) {
             Vec bias[kCount];
@@ -366,7 +370,7 @@ struct WinogradKernel {
               const float* next = products + l + kCount * kLanes + i * kProducts * point_stride;
               for (int j = 0; j < X::kProducts; ++j) fetch_line(next + j * point_stride);
             }
-            T* y = y0 + k + l;
+            Result* y = y0 + k + l;
             const T* residual = residual0 ? residual0 + k + l : nullptr;
             inverse_transform<kCount>(
                 tile_y, tile_x, products + l, point_stride, [&](int i, int j, Vec(&v)[kCount]) {
@@ -376,7 +380,7 @@ struct WinogradKernel {
                     if (residual) added = load(residual + i * r_row + j * r_pixel + h * kLanes);
                     v[h] = finish(epilogue, v[h], bias[h], added);
                   }
-                  T* to = y + i * y_row;
+                  Result* to = y + i * y_row;
                   asm("" : "+r"(to));  // as above
                   store_output(epilogue, v, to + j * y_pixel);
                 });
@@ -388,7 +392,7 @@ struct WinogradKernel {
           inverse_transform<1>(tile_y, tile_x, products + l, point_stride,
                                [&](int i, int j, const Vec(&v)[1]) { store(sums[i][j] + l, v); });
         }
-        if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
+        if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0 && kPools) {
           if (conv.pooled.data) {
             pool_tile<Y::kOut>(conv, corner.n, corner.y, corner.x, k, columns(conv, k), sums);
             continue;
@@ -411,7 +415,7 @@ struct WinogradKernel {
   static void pool_channels(Y tile_y, X tile_x, const Conv& conv, const Epilogue& epilogue,
                             const Corner& corner, int64_t channel, const float* m,
                             int64_t point_stride) {
-    if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0) {
+    if constexpr (Y::kOut % 2 == 0 && X::kOut % 2 == 0 && kPools) {
       const auto at = [&](auto image, int64_t y, int64_t x) {
         return image.data ? image.at(corner.n, y, x) + channel : nullptr;
       };

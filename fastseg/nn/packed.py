@@ -9,7 +9,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from ..ops._conv_options import output_size
 from ..ops.conv_choice import Algorithm, choose_algorithm
-from ..ops.conv_engine import PackedConv, activate, conv_engine, pack_conv
+from ..ops.conv_engine import PackedConv, activate, can_widen, conv_engine, pack_conv
 
 SIZES = 256  # input shapes of which a layer remembers what they need
 UNKNOWN = (
@@ -90,6 +90,7 @@ class PackedConv2d(nn.Module):
         self.place: Any = (
             None  # where results go, a fastseg.memory_plan.Place; None is a new tensor
         )
+        self.widens = False  # whether results in bfloat16 are wanted in float32, where that is free
         self._packed: dict[Algorithm, PackedConv] = {}
         self._prepared: dict[tuple[int, ...], tuple[PackedConv, tuple[int, ...]]] = {}
 
@@ -131,6 +132,8 @@ class PackedConv2d(nn.Module):
                 return conv_engine(x, packed) + residual
             y = conv_engine(x, replace(packed, activation="none")) + residual
             return activate(y, packed.activation, packed.negative_slope)
+        if self.widens and out is None and can_widen(packed):
+            return conv_engine(x, packed, residual, widen=True)
         if out is None and self.place is not None:
             out = self.place.image(shape)
         return conv_engine(x, packed, residual, out)

@@ -6,13 +6,13 @@ convolution, on which it is not dilated: every dilation costs the same. A sub-gr
 of m and m - 1 outputs, so that none reaches beyond it: the shorter ones are F(m, 3) without one of
 its points. Where the dilation is half of the image or more, a sub-grid of two by two pixels between
 zero borders takes 3 x 3 multiplications, one pixel takes one; from a third on, three by three
-pixels take 4 x 4 (csrc/conv_engine/winograd.h). Long k x 1 and 1 x k kernels take F(5, 5) along their axis, in
-groups of five taps; multiplied in bfloat16, F(3, 3) in groups of three. Groups of few channels, of
-which depthwise convolutions have one, and 3-wide kernels over images of one or three channels have
-kernels of their own; wider groups are convolved one by one. Products of many channels take
-Strassen's algorithm (1969): seven products of halves instead of eight. It pairs each pixel with one
-up to 14 further on: rounding then depends on both, and where one of them is infinite or NaN, both
-results are NaN.
+pixels take 4 x 4 (csrc/conv_engine/winograd.h). Long k x 1 and 1 x k kernels take F(5, 5) along
+their axis, in groups of five taps; multiplied in bfloat16, F(3, 3) in groups of three. Groups of
+few channels, of which depthwise convolutions have one, and 3-wide kernels over images of one or
+three channels have kernels of their own; wider groups are convolved one by one. Products of many
+channels take Strassen's algorithm (1969): seven products of halves instead of eight. It pairs each
+pixel with one up to 14 further on: rounding then depends on both, and where one of them is infinite
+or NaN, both results are NaN.
 
 **float32 images.** Largest error over largest output against float64 on unit-variance data:
 

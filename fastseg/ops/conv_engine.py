@@ -148,6 +148,7 @@ def conv_engine(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     scale: Tensor | None = None,
+    widen: bool = False,
 ) -> Tensor:
     """``activation(conv2d(x, weight, bias) + residual)`` with packed weights, without gradients;
     ``activation(conv2d(x, weight, bias)) + residual`` if packed with ``residual_last``.
@@ -161,9 +162,10 @@ def conv_engine(
             of a larger channels-last tensor makes a concatenation free.
         scale: (N, C, 1, 1), dtype of ``x``, by which its channels are multiplied first, or None.
             For 1x1 kernels of one group, without stride, padding and Strassen's algorithm.
+        widen: make a float32 result, not rounded, of a bfloat16 ``x``. Where :func:`can_widen`.
 
     Returns:
-        (N, K, Ho, Wo), dtype of ``x``, channels last; ``out`` if it was given.
+        (N, K, Ho, Wo), dtype of ``x`` or float32, channels last; ``out`` if it was given.
 
     Raises:
         ValueError: shapes or dtypes do not match, or a gradient would be needed.
@@ -181,10 +183,16 @@ def conv_engine(
     scale = channels_last(scale) if scale is not None else None
     if out is None:
         return torch.ops.fastseg.conv_engine(
-            x, conv.packed, residual, conv.out_channels, *conv.options(), scale
+            x, conv.packed, residual, conv.out_channels, *conv.options(), scale, widen
         )
     torch.ops.fastseg.conv_engine_out(x, conv.packed, residual, out, *conv.options(), scale)
     return out
+
+
+def can_widen(conv: PackedConv) -> bool:
+    """Whether ``conv_engine`` makes float32 results of bfloat16 images with these weights."""
+    products = conv.packed.dtype == torch.bfloat16
+    return products and conv.groups == 1 and conv.tile not in (LINE, GROUPED)
 
 
 def conv_engine_reference(
@@ -249,10 +257,12 @@ def _(
 def _(
     x, packed, residual, out_channels, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h,
     dilation_w, tile, activation, slope, residual_last=False, strassen=0, groups=1, scale=None,
+    widen=False,
 ):  # fmt: skip
     geometry = ((R, S), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
     Ho, Wo = output_size(x.shape[2:], *geometry)
-    return x.new_empty(x.shape[0], Ho, Wo, out_channels).permute(0, 3, 1, 2)
+    dtype = torch.float32 if widen else x.dtype
+    return x.new_empty((x.shape[0], Ho, Wo, out_channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 @torch.library.register_fake("fastseg::conv_engine_out")

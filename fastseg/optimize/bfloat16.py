@@ -46,6 +46,8 @@ def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
     if widens and isinstance(module, fx.GraphModule):
         _widen_in_graph(module)
     elif widens:
+        if isinstance(module, PackedConv2d):
+            module.widens = True
         module.register_forward_hook(_outputs)
     return module
 
@@ -91,7 +93,8 @@ def _narrow_in_graph(traced: fx.GraphModule) -> None:
 def _widen_in_graph(traced: fx.GraphModule) -> None:
     graph = traced.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
-    for node in _results(output):
+    results = list(_results(output))
+    for node in results:
         resizes = node.target in RESIZES or isinstance(module_of(traced, node), Resize2d)
         if resizes and node.args and len(node.users) == 1:
             # The map is cast before it is resized: it is smaller, and nothing is rounded again.
@@ -100,6 +103,11 @@ def _widen_in_graph(traced: fx.GraphModule) -> None:
                 node.update_arg(0, graph.call_function(widened, (source,)))
     with graph.inserting_before(output):
         output.args = (graph.call_function(widened, output.args),)
+    called = [module_of(traced, node) for node in graph.nodes]
+    for node, conv in zip(graph.nodes, called, strict=True):
+        ends = (widened, dict, OrderedDict) if node in results else (widened,)
+        if isinstance(conv, PackedConv2d) and called.count(conv) == 1:
+            conv.widens = all(user.target in ends for user in node.users)
     traced.recompile()
 
 

@@ -197,7 +197,7 @@ def check_tile(shape, tile):
     assert relative_error(conv_engine(tensors[0], conv, tensors[3]), exact) <= ALLOWED[tile]
 
 
-@pytest.mark.parametrize("kernel, dilation", [(1, 1), (3, 1), (3, 8)])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 8)])
 def test_strict_is_as_accurate_as_torch(kernel, dilation, cpu_isa):
     padding = (kernel // 2 * dilation,) * 2
     options = {"padding": padding, "dilation": (dilation,) * 2}

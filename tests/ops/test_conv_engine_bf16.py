@@ -419,15 +419,3 @@ def test_errors():
         conv_engine(x, pack_conv(weight), torch.randn(1, 8, 3, 3))
     with pytest.raises(ValueError, match="out must be a bfloat16 image"):
         conv_engine(x, pack_conv(weight), out=torch.empty(1, 3, 3, 8).permute(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 21, 260, 300), (1, 1, 1, 1), (0, 3, 4, 4)])
-def test_widen(shape):
-    """In both layouts, and of what is dense in none; large ones are written past the caches."""
-    x = torch.randn(shape).to(BF16)
-    for image in (x, x.contiguous(memory_format=torch.channels_last), x[..., ::2], x[:, ::2]):
-        y = torch.ops.fastseg.widen(image)
-        assert torch.equal(y, image.float())
-        torch.library.opcheck(torch.ops.fastseg.widen, (image,))
-    with pytest.raises(ValueError, match="widen: x must be a bfloat16 image"):
-        torch.ops.fastseg.widen(x.float())

@@ -7,21 +7,10 @@ import torch
 from torch import nn
 
 import fastseg
-from fastseg import _C
 from fastseg.nn.packed import PackedConv2d
 from fastseg.nn.packed_sum import PackedConvSum2d
 from fastseg.optimize.rounding import decide_rounded
 from tests.test_bfloat16 import calibrated, check
-
-
-@pytest.fixture
-def fast_products(monkeypatch):
-    """As on processors that multiply bfloat16 fast."""
-    before = _C.bf16_products()
-    monkeypatch.setattr(_C, "cpu_isa", lambda: "avx512_bf16")
-    _C.set_bf16_products(True)
-    yield
-    _C.set_bf16_products(before)
 
 
 def network(widths):
