@@ -256,8 +256,7 @@ void run_as(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   conv.residual_last = o.residual_last && residual;
   conv.strassen = o.strassen;
   // A residual that is overwritten has just been read.
-  const bool in_place =
-      residual && static_cast<const void*>(conv.residual.data) == conv.y.data;
+  const bool in_place = residual && static_cast<const void*>(conv.residual.data) == conv.y.data;
   const bool side_by_side = o.groups == 1 || o.tile == kGroupedTile;  // all channels at a time
   conv.stream = out && !in_place && (side_by_side || conv.K % kLine<T> == 0) &&
                 is_streamed(out->numel(), conv.y);

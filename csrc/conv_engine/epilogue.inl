@@ -197,9 +197,9 @@ static inline void finish_pixel(const Conv& conv, int64_t k, int64_t columns, co
 
 // The same of a tile's rows, kPanel sums of each: one jump for all of them.
 template <class Conv>
-__attribute__((noinline)) static void finish_tile(
-    const Conv& conv, int64_t k, int64_t columns, const float* sums, int64_t rows,
-    const PixelAddress<Conv>* pixels) {
+__attribute__((noinline)) static void finish_tile(const Conv& conv, int64_t k, int64_t columns,
+                                                  const float* sums, int64_t rows,
+                                                  const PixelAddress<Conv>* pixels) {
   dispatch_activation(conv.activation, [&](auto kind) __attribute__((always_inline)) {
     for (int64_t r = 0; r < rows; ++r) {
       finish_pixel_as(

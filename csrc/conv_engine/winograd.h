@@ -15,8 +15,8 @@ namespace conv_engine {
 
 // Channels that are transformed and summed at a time, of C padded ones: many in short pieces, whose
 // transforms are still in L3 when they are read (2048 channels at dilation 12 48.6 ms in pieces of
-// 512, 45.4 of 256, 44.2 of 128), up to 512 all of them, whose sums are then made in one go. Sums of
-// pieces are more accurate than one long sum, too.
+// 512, 45.4 of 256, 44.2 of 128), up to 512 all of them, whose sums are then made in one go. Sums
+// of pieces are more accurate than one long sum, too.
 template <typename E>
 constexpr int64_t winograd_piece(int64_t C) {
   return C <= 512 ? C : 128 * kPerWord<E>;

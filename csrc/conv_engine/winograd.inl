@@ -288,7 +288,8 @@ struct WinogradKernel {
     constexpr int kCount = kTogether<E>;
     // The next line: rows of pixels are more than the hardware follows, 1 to 4 %.
     for (int i = 0; i < Y::kIn; i += Source::kStep) {
-      for (int j = 0; j < X::kIn; j += Source::kStep) fetch_line(src.values_of(i, j) + c + kLine<E>);
+      for (int j = 0; j < X::kIn; j += Source::kStep)
+        fetch_line(src.values_of(i, j) + c + kLine<E>);
     }
     for (int64_t l = 0; l < kLine<E>; l += kCount * kLanes) {
       Vec columns[kCount][Y::kProducts][X::kIn];

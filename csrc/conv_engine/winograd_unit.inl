@@ -37,8 +37,7 @@ int64_t task_tiles(const Conv& conv, int64_t points) {
   const int64_t piece = winograd_piece<typename Conv::Operand>(C);
   const int64_t v_bytes = piece * sizeof(typename Conv::Operand);
   const int64_t m_bytes = K * static_cast<int64_t>(sizeof(float));
-  const int64_t tile_bytes =
-      points * (piece == C ? std::max(v_bytes, m_bytes) : v_bytes + m_bytes);
+  const int64_t tile_bytes = points * (piece == C ? std::max(v_bytes, m_bytes) : v_bytes + m_bytes);
   const int64_t cached = l2_bytes() * 3 / 16 / tile_bytes;
   const int64_t amortised = C * K / (C + K) / 2;
   return std::clamp<int64_t>(std::max(cached, amortised), kMaxRows,
