@@ -298,6 +298,9 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& res
     const auto run = widened ? run_as<WidenedConvolution> : run_as<Convolution<BFloat16, BFloat16>>;
     run(x, packed, residual, out, K, o, scale, p, s);
   } else {
+    FASTSEG_CHECK(!out || out->scalar_type() == ScalarType::BFloat16,
+                  "conv_engine: out must be a bfloat16 image, for weights packed for bfloat16 "
+                  "products it can be float32");
     run_as<Convolution<BFloat16, float>>(x, packed, residual, out, K, o, scale, p, s);
   }
 }

@@ -134,9 +134,9 @@ using LineScheme = std::conditional_t<std::is_same_v<E, float>, Winograd<5, 5>, 
 //   y0 + y2 = g1 p + e d1,   y2 - y0 = g1 m - f d1,   y1 = g1 d1 + (e p + f m) / 2.
 // The products (g1 +- e / a)(p +- a d1) / 2 add up to the first, those of (g1 +- f / b)(m -+ b d1)
 // to the second, and their differences times a / 2 and b / 2 to y1, if a^2 - b^2 = 2. With a = 2 b
-// the error is about the least there is. Of n > 3 pixels F(n, 3) has the fewest: with one product
-// less these would be eigenvalues of both shifts, each extended by a row and a column so that they
-// commute. Only the cyclic shifts do, whose eigenvalues are complex.
+// the error is about the least there is. Of n > 3 pixels F(n, 3) has the fewest: n + 1 products
+// would be common eigenvectors of both shifts, each extended by a row and a column so that they
+// commute. Only the cyclic shifts do, whose eigenvectors are complex.
 struct BorderedThree {
   static constexpr int kOut = 3, kIn = 3, kProducts = 4, kOffset = 1;
   static constexpr double kB = 0.81649658092772603, kA = 2 * kB;  // sqrt(2 / 3)

@@ -22,9 +22,9 @@ class PackedConv2d(nn.Module):
     """``activation(bn(conv(x)) + residual)`` by the convolution engine, without gradients.
 
     The batch norm is folded into the weights. They are packed at the first call, once for every
-    algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes about five times
-    the memory of the layer, up to eight where the dilation is in the order of the map, a 1x1
-    convolution of 256 channels or more 2.75 times.
+    algorithm that the input sizes ask for, and kept: a 3x3 convolution then takes up to eight times
+    the memory of the layer, with bfloat16 products up to four, a 1x1 convolution of 256 channels or
+    more 2.75 times.
 
     Args:
         conv: a convolution for which :func:`unsupported` has no objection.

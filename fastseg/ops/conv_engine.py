@@ -158,8 +158,9 @@ def conv_engine(
             copied). Of bfloat16 the result is rounded once, to nearest even.
         conv: from ``pack_conv``.
         residual: (N, K, Ho, Wo), dtype of ``x``, to add, or None.
-        out: (N, K, Ho, Wo), dtype of ``x``, to write to, with channel stride 1: a slice of channels
-            of a larger channels-last tensor makes a concatenation free.
+        out: (N, K, Ho, Wo), dtype of ``x``, or float32 where :func:`can_widen`, to write to, with
+            channel stride 1: a slice of channels of a larger channels-last tensor makes a
+            concatenation free.
         scale: (N, C, 1, 1), dtype of ``x``, by which its channels are multiplied first, or None.
             For 1x1 kernels of one group, without stride, padding and Strassen's algorithm.
         widen: make a float32 result, not rounded, of a bfloat16 ``x``. Where :func:`can_widen`.

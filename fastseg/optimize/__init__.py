@@ -64,9 +64,10 @@ def optimize(
             stays as it is in the copy; :func:`explain` says what and why.
         dtype: precision to compute in, float32 or bfloat16. In bfloat16 results of layers are
             rounded as by ``model.bfloat16()``, but float32 weights are not where a layer can use
-            them, nor is a last resize or a map that it is too coarse for (:mod:`.constants`);
-            floating-point inputs are cast, results are float32. None is float32, but for a model
-            whose parameters are all bfloat16 that, and then results are its own.
+            them, nor is a last convolution of bfloat16 products, a last resize or a map that it is
+            too coarse for (:mod:`.constants`); floating-point inputs are cast, results are float32.
+            None is float32, but for a model whose parameters are all bfloat16 that, and then
+            results are its own.
         accuracy: "default" allows Winograd's F(6, 3), whose error is at most 1e-5 of the largest
             output per layer, in layers before a maximum that is unpooled to its place F(4, 3);
             "strict" only what rounds no more than torch's own convolution; "fast" is the default

@@ -28,7 +28,7 @@ RESIZES = (F.interpolate, resized_labels, resized_probabilities)  # and Resize2d
 def to_bfloat16(module: nn.Module, widens: bool) -> nn.Module:
     """``module`` with parameters in bfloat16, except where float32 ones cost nothing, behind a cast
     of its floating-point inputs to bfloat16, and before one of its bfloat16 results to float32 if
-    it ``widens`` them."""
+    it ``widens`` them: where a convolution makes one, by that if it can."""
     for part in module.modules():
         if isinstance(part, KEPT):
             continue

@@ -40,6 +40,13 @@ def test_conv(shape, activation, cpu_isa):
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(y.to(BF16), conv_engine(x, conv, added))
     assert N == 0 or not torch.equal(y, y.to(BF16).float())  # it is not rounded
+    _, _, Ho, Wo = y.shape
+    wide = torch.full((N, K + 9, Ho + 2, Wo + 3), torch.nan)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    out = wide[:, 5:-4, 1:-1, 2:-1]
+    assert torch.equal(conv_engine(x, conv, residual, out=out), y)
+    out[:] = torch.nan
+    assert wide.isnan().all()
 
 
 def test_operator():
@@ -61,7 +68,10 @@ def test_what_is_not_widened():
         assert not can_widen(conv)
         with pytest.raises(ValueError, match="a float32 result of a bfloat16 image needs"):
             conv_engine(image, conv, widen=True)
-    assert not can_widen(pack_conv(weight, padding=(0, 7)))
+    floats = pack_conv(weight, padding=(0, 7))
+    assert not can_widen(floats)
+    with pytest.raises(ValueError, match="out must be a bfloat16 image, for weights packed for"):
+        conv_engine(x, floats, widen=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 21, 260, 300), (1, 1, 1, 1), (0, 3, 4, 4)])
