@@ -165,6 +165,12 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple] = []
         self.repeatable = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiled code gets here; to make sure of that torch would load its compiler, for a
+        second or two."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

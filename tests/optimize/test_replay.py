@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -203,3 +205,21 @@ def test_compiled_and_traced(fast):
     traced = make_fx(lambda x: fast(x)["score"])(x)
     other = torch.randn(SIZE)
     torch.testing.assert_close(traced(other), same(fast, other)["score"])
+
+
+def test_recording_loads_no_compiler():
+    """It takes a second or two, which the second call would."""
+    program = """
+import sys
+import torch
+import fastseg
+
+layers = [torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]
+fast = fastseg.optimize(torch.nn.Sequential(*layers).eval())
+with torch.no_grad():
+    for _ in range(3):
+        fast(torch.randn(1, 4, 8, 8))
+assert any(fast.memory.tapes.values())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
