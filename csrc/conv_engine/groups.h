@@ -74,7 +74,7 @@ struct InGroups : Conv {
   }
 };
 
-// Instantiated for the three kinds of Convolution.
+// Instantiated for the kinds of Convolution whose result is stored as x is.
 template <class Conv>
 void run_grouped(const InGroups<Conv>& conv);
 // For float32 products.

@@ -23,7 +23,7 @@ constexpr int64_t winograd_piece(int64_t C) {
 }
 
 // Positive points per tile size, chosen for the smallest error of random data (docstring of
-// fastseg/ops/conv_engine.py); sums and products of their squares are exact in float32.
+// fastseg/ops/conv_choice.py); sums and products of their squares are exact in float32.
 template <int kOut, int kTaps>
 struct WinogradPoints;
 template <>

@@ -283,7 +283,7 @@ struct WinogradKernel {
     }
   }
 
-  // The line of channels behind c: rows of pixels are more than the hardware follows, 1 to 4 %.
+  // The line of channels behind c: rows of pixels are more than the hardware follows, 1 to 5 %.
   template <class Y, class X, class Source>
   static void fetch_next(const Source& src, int64_t c) {
     for (int i = 0; i < Y::kIn; i += Source::kStep) {
